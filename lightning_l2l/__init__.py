@@ -1,0 +1,18 @@
+"""Learning to learn by gradient descent by gradient descent, on PyTorch Lightning."""
+
+from lightning_l2l.data import MNISTDataModule, QuadraticDataModule
+from lightning_l2l.optim import LearnedOptimizer, load_rule
+from lightning_l2l.rules import CoordinatewiseLSTM, UpdateRule
+from lightning_l2l.tasks import NetworkTask, Quadratic, Task
+
+__all__ = [
+    "CoordinatewiseLSTM",
+    "LearnedOptimizer",
+    "MNISTDataModule",
+    "NetworkTask",
+    "Quadratic",
+    "QuadraticDataModule",
+    "Task",
+    "UpdateRule",
+    "load_rule",
+]

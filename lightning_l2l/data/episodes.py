@@ -1,0 +1,278 @@
+"""Episodes as a data set: task k of epoch e is a function of (seed, stage, e, k) and of nothing else.
+
+Hence a task does not depend on the number of workers or processes, nor on what ran before it. The epoch
+travels with the index from the sampler to the worker, so that a worker needs no state of its own and may
+outlive the epoch.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from hashlib import blake2b
+from typing import Any, ClassVar, Literal
+
+import torch
+from lightning.pytorch import LightningDataModule
+from torch import Tensor, distributed
+from torch.utils.data import DataLoader, Dataset, DistributedSampler
+
+Stage = Literal["train", "val", "test"]
+Sample = dict[str, Tensor]
+
+
+def check_at_least(minimum: int, **sizes: int | None) -> None:
+    """Raises a ValueError for the first of `sizes` that is not None and no integer of `minimum` or more."""
+    for name, value in sizes.items():
+        if value is not None and (not isinstance(value, int) or value < minimum):
+            raise ValueError(f"{name}={value!r} is not an integer of {minimum} or more; set {name}={minimum}")
+
+
+def task_seed(seed: int, stage: str, epoch: int, index: int) -> int:
+    """Hashes the coordinates of a task to the seed of its random numbers; the same on every machine.
+
+    PyTorch's CPU generator looks at the low 32 bits only, so two given tasks are the same one with
+    probability 2^-32.
+
+    Args:
+        seed: Seed of the whole data module, 0 or more.
+        stage: Name of the stream, such as `"train"`; different names give unrelated seeds.
+        epoch: Number of the epoch, from 0.
+        index: Number of the task within the epoch, from 0, counted over all processes.
+
+    Returns:
+        An integer in [0, 2^63).
+
+    Raises:
+        ValueError: If `seed` is negative.
+
+    Example:
+        >>> task_seed(0, "train", 0, 0) == task_seed(0, "train", 0, 0)
+        True
+        >>> task_seed(0, "train", 0, 1) == task_seed(0, "train", 1, 0)
+        False
+    """
+    check_at_least(0, seed=seed)
+    digest = blake2b(f"{seed}/{stage}/{epoch}/{index}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") >> 1
+
+
+class EpisodeSampler(DistributedSampler[tuple[int, int]]):
+    """Hands out the pairs (epoch, index) of this process, in order.
+
+    Process r of R takes the indices r, r + R, r + 2R, ...: the j-th batches of size b of all processes
+    together are exactly the indices from j*b*R to (j+1)*b*R, those of the j-th batch of one process with b*R
+    tasks. It is a `DistributedSampler` because Lightning leaves such a sampler alone and tells it the epoch.
+
+    Args:
+        num_tasks: Number of tasks in an epoch, over all processes.
+        fixed: Whether every epoch has the tasks of epoch 0, as validation and test want it.
+        num_done: Says, at the start of an iteration, how many of this process' tasks are to be left out.
+        num_replicas: Number of processes. Default: asks `torch.distributed`; 1 if it is not initialised.
+        rank: Number of this process, from 0. Default: asks `torch.distributed`; 0 if it is not initialised.
+
+    Raises:
+        ValueError: If the tasks cannot be shared out evenly; padding would count some of them twice.
+    """
+
+    def __init__(
+        self,
+        num_tasks: int,
+        fixed: bool = False,
+        num_done: Callable[[], int] = lambda: 0,
+        num_replicas: int | None = None,
+        rank: int | None = None,
+    ) -> None:
+        num_replicas = _num_processes() if num_replicas is None else num_replicas
+        rank = (distributed.get_rank() if _is_distributed() else 0) if rank is None else rank
+        if num_tasks % num_replicas:
+            lower = num_tasks - num_tasks % num_replicas
+            allowed = f"{lower} or {lower + num_replicas}" if lower else f"{num_replicas}"
+            raise ValueError(
+                f"{num_tasks} tasks cannot be shared out evenly over {num_replicas} processes; "
+                f"use {allowed} tasks, or another number of devices"
+            )
+        # The parent only takes the length of what it is given.
+        super().__init__(range(num_tasks), num_replicas, rank, shuffle=False)  # type: ignore[arg-type]
+        self.fixed = fixed
+        self.num_done = num_done
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        epoch = 0 if self.fixed else self.epoch
+        first = self.rank + self.num_done() * self.num_replicas
+        return iter([(epoch, index) for index in range(first, self.total_size, self.num_replicas)])
+
+
+class EpisodeLoader(DataLoader[Sample]):
+    """A DataLoader with which a run that stopped within an epoch goes on at the episode it had not finished.
+
+    Two things stand in the way of that in an ordinary DataLoader. It draws the first indices when the
+    iterator is made, and Lightning makes the iterator before it sets the epoch: here nothing happens until
+    the first batch is asked for. And Lightning counts the batches but does not skip them: the sampler's
+    `num_done` does. The position is the Trainer's own, saved with the loops, so `state_dict` has nothing to
+    add; that it exists says "resumable" to Lightning.
+    """
+
+    def __iter__(self) -> Iterator[Sample]:  # type: ignore[override]  # a generator, so that it starts late
+        yield from super().__iter__()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Nothing: the Trainer's progress is the state."""
+        return {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Nothing to restore."""
+
+
+class EpisodeDataModule(LightningDataModule, ABC):
+    """Batches of tasks. A subclass says in `sample` what the data of one task is; all else is here.
+
+    A batch holds what `sample` returns, each tensor with the tasks as a new first dimension, and `"seed"`,
+    int64 `[num_tasks]`: one seed per task, for its starting point and its noise, unrelated to the data's own
+    random numbers. Training has new tasks in every epoch; validation and test tasks are always the same.
+
+    Args:
+        num_tasks: Number of tasks side by side in a training batch of each process.
+        seed: Seed of all tasks, 0 or more.
+        num_steps: Number of *inner steps* of an episode. Default: the `num_steps` of the module being
+            trained.
+        episodes_per_epoch: Number of training batches in an epoch.
+        num_val_tasks: Number of validation tasks, over all processes.
+        num_test_tasks: Number of test tasks, over all processes.
+        eval_tasks: Number of tasks side by side in a validation or test batch of each process; the last batch
+            may have fewer. Default: `num_tasks`.
+        num_workers: Number of worker processes that load data; 0 loads it in the process that trains.
+
+    Raises:
+        ValueError: If a size is not a positive integer, or `seed` or `num_workers` is negative.
+    """
+
+    needs_num_steps: ClassVar[bool] = True  # whether the data depends on the number of inner steps
+
+    def __init__(
+        self,
+        num_tasks: int,
+        seed: int = 0,
+        num_steps: int | None = None,
+        episodes_per_epoch: int = 100,
+        num_val_tasks: int = 128,
+        num_test_tasks: int = 128,
+        eval_tasks: int | None = None,
+        num_workers: int = 0,
+    ) -> None:
+        super().__init__()
+        check_at_least(1, num_tasks=num_tasks, num_steps=num_steps, episodes_per_epoch=episodes_per_epoch)
+        check_at_least(1, num_val_tasks=num_val_tasks, num_test_tasks=num_test_tasks, eval_tasks=eval_tasks)
+        check_at_least(0, seed=seed, num_workers=num_workers)
+        self.num_tasks = num_tasks
+        self.seed = seed
+        self.num_steps = num_steps
+        self.episodes_per_epoch = episodes_per_epoch
+        self.num_val_tasks = num_val_tasks
+        self.num_test_tasks = num_test_tasks
+        self.eval_tasks = num_tasks if eval_tasks is None else eval_tasks
+        self.num_workers = num_workers
+        self._given_num_steps = num_steps  # a later Trainer may bring another module with other `num_steps`
+
+    @abstractmethod
+    def sample(self, stage: Stage, generator: torch.Generator) -> Sample:
+        """Draws the data of one task.
+
+        Args:
+            stage: Whether the task is for training, validation or test.
+            generator: CPU generator, seeded for this task; the only source of randomness allowed.
+
+        Returns:
+            Tensors by name, without a dimension for the tasks.
+        """
+
+    def setup(self, stage: str = "") -> None:
+        """Makes the data of all stages available whatever `stage` is: `test` tunes on validation tasks.
+
+        Raises:
+            ValueError: If `num_steps` is needed and neither the data module nor the trained module says it.
+        """
+        module = None if self.trainer is None else self.trainer.lightning_module
+        self.num_steps = self._given_num_steps or getattr(module, "num_steps", None)
+        if self.num_steps is None and self.needs_num_steps:
+            raise ValueError(
+                f"{type(self).__name__} has num_steps=None and no module with `num_steps` is being trained; "
+                "give num_steps, the number of inner steps of an episode, such as num_steps=100"
+            )
+        check_at_least(1, num_steps=self.num_steps)
+
+    def train_dataloader(self) -> DataLoader[Sample]:
+        """Returns `episodes_per_epoch` batches of `num_tasks` tasks on each process."""
+        total = self.episodes_per_epoch * self.num_tasks * _num_processes()
+        sampler = EpisodeSampler(total, num_done=self._num_done)
+        return EpisodeLoader(_Episodes(self, "train", total), **self._options(self.num_tasks, sampler))
+
+    def val_dataloader(self) -> DataLoader[Sample]:
+        """Returns the validation tasks in batches of `eval_tasks`."""
+        return self._eval_dataloader("val", self.num_val_tasks)
+
+    def test_dataloader(self) -> DataLoader[Sample]:
+        """Returns the test tasks in batches of `eval_tasks`."""
+        return self._eval_dataloader("test", self.num_test_tasks)
+
+    def predict_dataloader(self) -> DataLoader[Sample]:
+        """Returns the test tasks in batches of `eval_tasks`."""
+        return self.test_dataloader()
+
+    def _eval_dataloader(self, stage: Stage, total: int) -> DataLoader[Sample]:
+        sampler = EpisodeSampler(total, fixed=True)
+        return DataLoader(_Episodes(self, stage, total), **self._options(self.eval_tasks, sampler))
+
+    def _options(self, batch_size: int, sampler: EpisodeSampler) -> dict[str, Any]:
+        # All by keyword: `Trainer.predict` builds the loader anew and stumbles over a positional batch_size.
+        return dict(
+            batch_size=batch_size,
+            sampler=sampler,
+            num_workers=self.num_workers,
+            persistent_workers=self.num_workers > 0,
+            pin_memory=torch.cuda.is_available(),
+        )
+
+    def _num_done(self) -> int:
+        """Number of this epoch's tasks that the run being resumed had finished on this process, else 0."""
+        if self.trainer is None or not self.trainer.training:
+            return 0
+        # `batch_idx` is that of the last batch done, -1 at the start of an epoch. An episode that was
+        # interrupted half way is not done: the loops have stepped back by then, and it is run again.
+        return (self.trainer.fit_loop.batch_idx + 1) * self.num_tasks
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Spawned workers get a copy of this object; the Trainer would drag the model along.
+        return {**self.__dict__, "trainer": None}
+
+
+class _Episodes(Dataset[Sample]):
+    """Maps (epoch, index) to the data of one task; an index alone, from another sampler, is of epoch 0."""
+
+    def __init__(self, data: EpisodeDataModule, stage: Stage, num_tasks: int) -> None:
+        self.data = data
+        self.stage = stage
+        self.num_tasks = num_tasks
+
+    def __len__(self) -> int:
+        return self.num_tasks
+
+    def __getitem__(self, key: tuple[int, int] | int) -> Sample:
+        return self.__getitems__([key])[0]
+
+    def __getitems__(self, keys: list[tuple[int, int] | int]) -> list[Sample]:
+        generator = torch.Generator()  # one for all: seeding it anew is cheaper than making it
+        samples = []
+        for key in keys:
+            epoch, index = key if isinstance(key, tuple) else (0, key)
+            generator.manual_seed(task_seed(self.data.seed, self.stage, epoch, index))
+            sample = dict(self.data.sample(self.stage, generator))
+            sample["seed"] = torch.tensor(task_seed(self.data.seed, f"{self.stage}/start", epoch, index))
+            samples.append(sample)
+        return samples
+
+
+def _is_distributed() -> bool:
+    return distributed.is_available() and distributed.is_initialized()
+
+
+def _num_processes() -> int:
+    return distributed.get_world_size() if _is_distributed() else 1

@@ -1,0 +1,156 @@
+"""MNIST: the minibatches on which a small network is trained in an episode."""
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from lightning_l2l.data import idx
+from lightning_l2l.data.episodes import EpisodeDataModule, Sample, Stage, check_at_least
+
+_SIZE = 28  # height and width of an image, in pixels
+_NUM_CLASSES = 10
+_VAL_SHARE = 12  # one image in 12 of the training files: 5,000 of 60,000
+
+
+class MNISTDataModule(EpisodeDataModule):
+    """Every task is one run over randomly drawn minibatches of MNIST digits.
+
+    A batch has `"inputs"`, uint8 in [0, 255], `[num_tasks, num_steps + 1, batch_size, 28, 28]`, `"targets"`,
+    uint8 in [0, 9], `[num_tasks, num_steps + 1, batch_size]`, and `"seed"`, int64 `[num_tasks]`. Minibatch t
+    is used at theta_t for t = 0, ..., num_steps, hence one more than steps. Images stay bytes: 10 MB a task
+    at 100 steps of 128 images.
+
+    Training, validation and test have no image in common: the test tasks draw from the `t10k` files, the
+    validation tasks from the last twelfth of the training files, the training tasks from the rest.
+
+    Args:
+        root: Folder of the data sets; the files are in `<root>/MNIST/raw`, packed or unpacked.
+        num_tasks: Number of tasks side by side in a training batch of each process.
+        seed: Seed of all tasks, 0 or more.
+        batch_size: Number of images in a minibatch of the optimizee.
+        num_steps: Number of *inner steps* of an episode. Default: the `num_steps` of the module being
+            trained.
+        episodes_per_epoch: Number of training batches in an epoch.
+        num_val_tasks: Number of validation tasks, over all processes.
+        num_test_tasks: Number of test tasks, over all processes.
+        eval_tasks: Number of tasks side by side in a validation or test batch of each process. Default:
+            `num_tasks`.
+        num_workers: Number of worker processes that draw the minibatches.
+        download: Whether files that are missing are downloaded, by `prepare_data`.
+
+    Raises:
+        ValueError: If a size is not a positive integer, or `seed` or `num_workers` is negative.
+    """
+
+    def __init__(
+        self,
+        root: str | Path = "data",
+        num_tasks: int = 1,
+        seed: int = 0,
+        batch_size: int = 128,
+        num_steps: int | None = None,
+        episodes_per_epoch: int = 100,
+        num_val_tasks: int = 10,
+        num_test_tasks: int = 10,
+        eval_tasks: int | None = None,
+        num_workers: int = 0,
+        download: bool = True,
+    ) -> None:
+        super().__init__(
+            num_tasks=num_tasks,
+            seed=seed,
+            num_steps=num_steps,
+            episodes_per_epoch=episodes_per_epoch,
+            num_val_tasks=num_val_tasks,
+            num_test_tasks=num_test_tasks,
+            eval_tasks=eval_tasks,
+            num_workers=num_workers,
+        )
+        check_at_least(1, batch_size=batch_size)
+        self.root = Path(root)
+        self.batch_size = batch_size
+        self.download = download
+        self._digits: dict[
+            Stage, tuple[Tensor, Tensor]
+        ] = {}  # images [n, 28, 28] and labels [n] of each stage
+
+    def prepare_data(self) -> None:
+        """Downloads the files that are missing; runs on one process of each machine.
+
+        Raises:
+            RuntimeError: If they cannot be downloaded.
+        """
+        if self.download:
+            idx.download(self.root)
+
+    def setup(self, stage: str = "") -> None:
+        """Reads the images of all stages.
+
+        Raises:
+            FileNotFoundError: If a file is missing.
+            ValueError: If a file is damaged, has too few images for one minibatch, or `num_steps` is unknown.
+        """
+        super().setup(stage)
+        if self._digits:
+            return
+        images, labels = self._read("train")
+        split = len(images) - len(images) // _VAL_SHARE
+        digits: dict[Stage, tuple[Tensor, Tensor]] = {
+            "train": (images[:split], labels[:split]),
+            "val": (images[split:], labels[split:]),
+            "test": self._read("t10k"),
+        }
+        for name, (images, _) in digits.items():
+            if len(images) < self.batch_size:
+                remedy = (
+                    f"use batch_size={len(images)} or fewer" if len(images) else "put the full data set there"
+                )
+                raise ValueError(
+                    f"batch_size={self.batch_size} needs as many {name} images, but "
+                    f"{idx.raw_folder(self.root)} has {len(images)}; {remedy}"
+                )
+        self._digits = digits
+
+    def sample(self, stage: Stage, generator: torch.Generator) -> Sample:
+        """Draws `num_steps + 1` minibatches without replacement.
+
+        Minibatches are cut from a random permutation of the stage's images; when fewer than `batch_size`
+        images of it are left, from a fresh one.
+        """
+        if stage not in self._digits or self.num_steps is None:
+            raise RuntimeError("the images are not there yet; call prepare_data() and setup() first")
+        images, labels = self._digits[stage]
+        per_permutation = len(images) // self.batch_size
+        num_permutations = -(-(self.num_steps + 1) // per_permutation)
+        used = per_permutation * self.batch_size
+        order = torch.cat(
+            [torch.randperm(len(images), generator=generator)[:used] for _ in range(num_permutations)]
+        )
+        order = order[: (self.num_steps + 1) * self.batch_size]
+        shape = (self.num_steps + 1, self.batch_size)
+        # index_select copies whole images: ten times as fast as `images[order]`.
+        inputs = images.index_select(0, order).view(*shape, _SIZE, _SIZE)
+        return {"inputs": inputs, "targets": labels.index_select(0, order).view(shape)}
+
+    def _read(self, prefix: str) -> tuple[Tensor, Tensor]:
+        """Reads and checks the pair of files `prefix`: images `[n, 28, 28]` and labels `[n]`."""
+        paths = []
+        for name in (f"{prefix}-images-idx3-ubyte", f"{prefix}-labels-idx1-ubyte"):
+            path = idx.find_idx(self.root, name)
+            if path is None:
+                folder = idx.raw_folder(self.root).resolve()
+                raise FileNotFoundError(f"{folder} has no {name}(.gz); put it there, or set download=True")
+            paths.append(path)
+        images, labels = idx.read_idx(paths[0], num_dims=3), idx.read_idx(paths[1], num_dims=1)
+        if images.shape[1:] != (_SIZE, _SIZE):
+            raise ValueError(
+                f"{paths[0]} has images of {images.shape[1:]} pixels, expected (28, 28); {idx.REMEDY}"
+            )
+        if len(images) != len(labels):
+            raise ValueError(
+                f"{paths[1]} has {len(labels)} labels, expected {len(images)}, one an image; {idx.REMEDY}"
+            )
+        if len(labels) and labels.max() >= _NUM_CLASSES:
+            raise ValueError(f"{paths[1]} has the label {labels.max()}, expected 0 to 9; {idx.REMEDY}")
+        return torch.tensor(images), torch.tensor(labels)  # copies, because the arrays are read-only

@@ -1,0 +1,71 @@
+"""Synthetic quadratics: the data of f(theta) = ||W theta - y||^2 with random W and y."""
+
+import torch
+
+from lightning_l2l.data.episodes import EpisodeDataModule, Sample, Stage, check_at_least
+
+
+class QuadraticDataModule(EpisodeDataModule):
+    """Random least-squares problems, a new one for every task; nothing is downloaded.
+
+    A batch has `"W"`, float32 `[num_tasks, dim, dim]`, `"y"`, float32 `[num_tasks, dim]`, all entries
+    independent standard Gaussians, and `"seed"`, int64 `[num_tasks]`.
+
+    Args:
+        num_tasks: Number of tasks side by side in a training batch of each process.
+        seed: Seed of all tasks, 0 or more.
+        dim: Number of coordinates of theta, and of rows of W.
+        num_steps: Number of *inner steps* of an episode; the data does not depend on it.
+        episodes_per_epoch: Number of training batches in an epoch.
+        num_val_tasks: Number of validation tasks, over all processes.
+        num_test_tasks: Number of test tasks, over all processes.
+        eval_tasks: Number of tasks side by side in a validation or test batch of each process. Default:
+            `num_tasks`.
+        num_workers: Number of worker processes; drawing the numbers is so cheap that 0 is the fastest.
+
+    Raises:
+        ValueError: If a size is not a positive integer, or `seed` or `num_workers` is negative.
+
+    Example:
+        >>> batch = next(iter(QuadraticDataModule(num_tasks=4, dim=3).train_dataloader()))
+        >>> {name: tuple(values.shape) for name, values in batch.items()}
+        {'W': (4, 3, 3), 'y': (4, 3), 'seed': (4,)}
+
+    References:
+        Andrychowicz et al., Learning to learn by gradient descent by gradient descent, section 3.1,
+        https://arxiv.org/abs/1606.04474, 2016.
+    """
+
+    needs_num_steps = False
+
+    def __init__(
+        self,
+        num_tasks: int = 128,
+        seed: int = 0,
+        dim: int = 10,
+        num_steps: int | None = None,
+        episodes_per_epoch: int = 100,
+        num_val_tasks: int = 128,
+        num_test_tasks: int = 128,
+        eval_tasks: int | None = None,
+        num_workers: int = 0,
+    ) -> None:
+        super().__init__(
+            num_tasks=num_tasks,
+            seed=seed,
+            num_steps=num_steps,
+            episodes_per_epoch=episodes_per_epoch,
+            num_val_tasks=num_val_tasks,
+            num_test_tasks=num_test_tasks,
+            eval_tasks=eval_tasks,
+            num_workers=num_workers,
+        )
+        check_at_least(1, dim=dim)
+        self.dim = dim
+
+    def sample(self, stage: Stage, generator: torch.Generator) -> Sample:
+        """Draws `W`, `[dim, dim]`, and `y`, `[dim]`; all stages have the same distribution."""
+        return {
+            "W": torch.randn(self.dim, self.dim, generator=generator),
+            "y": torch.randn(self.dim, generator=generator),
+        }

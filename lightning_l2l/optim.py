@@ -1,0 +1,159 @@
+"""A trained rule as an ordinary optimizer, and where to get one."""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from lightning_l2l.rules import UpdateRule
+from lightning_l2l.rules.base import RuleUnroll
+from lightning_l2l.rules.describe import build_rule
+
+STATE = "rule_state"
+
+
+class LearnedOptimizer(Optimizer):
+    r"""Lets a trained rule g optimise: theta <- theta + lr * g(gradient, state).
+
+    All parameters of a group go through the rule in one call. The rule itself is not trained, and it has no
+    hyperparameters to tune: `lr` multiplies its update, so that learning-rate schedules work; 1 is the rule as
+    it was trained.
+
+    State, for a parameter p: `rule_state`, `[rule.state_size, p.numel()]`, in the rule's dtype (float32)
+    whatever the dtype of p.
+
+    Args:
+        params: Parameters, or groups of them as dicts, as `torch.optim.Adam` takes them.
+        rule: A rule, or what `load_rule` takes.
+        lr: Factor on the rule's update, at least 0.
+
+    Raises:
+        ValueError: `lr` is negative.
+        RuntimeError: In `step`, for a sparse or complex gradient.
+
+    Example:
+        >>> from lightning_l2l import CoordinatewiseLSTM
+        >>> model = torch.nn.Linear(3, 2)
+        >>> optimizer = LearnedOptimizer(model.parameters(), CoordinatewiseLSTM())
+        >>> model(torch.ones(1, 3)).sum().backward()
+        >>> optimizer.step()
+    """
+
+    def __init__(
+        self, params: Iterable[Any], rule: UpdateRule | str | Path, lr: float = 1.0
+    ) -> None:
+        if lr < 0:
+            raise ValueError(f"lr={lr} is negative; use 1.0 for the rule as it was trained, 0 to stand still")
+        self.rule = rule if isinstance(rule, UpdateRule) else load_rule(rule)
+        self._unrollers: dict[tuple[int, torch.device], RuleUnroll] = {}
+        super().__init__(params, {"lr": lr})
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        """One inner step.
+
+        Args:
+            closure: Evaluates the model again and returns the loss.
+
+        Returns:
+            The closure's loss, or None.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            with_gradient = [p for p in group["params"] if p.grad is not None and p.numel()]
+            for device in {p.device for p in with_gradient}:
+                self._step([p for p in with_gradient if p.device == device], device, group["lr"])
+        return loss
+
+    def _step(self, params: list[Tensor], device: torch.device, lr: float) -> None:
+        dtype = next(self.rule.parameters()).dtype
+        for p in params:
+            if p.grad.is_sparse or p.is_complex():  # type: ignore[union-attr]
+                raise RuntimeError(
+                    f"a gradient of shape {list(p.shape)} is {'complex' if p.is_complex() else 'sparse'}; "
+                    "LearnedOptimizer takes dense real gradients, so give this parameter to another optimizer"
+                )
+            if STATE not in self.state[p]:
+                self.state[p][STATE] = self.rule.init_state(p.numel(), device=device, dtype=dtype)
+        sizes = [p.numel() for p in params]
+        gradient = torch.cat([p.grad.flatten() for p in params]).to(dtype)  # type: ignore[union-attr]
+        states = [self.state[p][STATE] for p in params]
+        state = states[0] if len(states) == 1 else torch.cat(states, 1)
+        unroller = self._unroller(gradient.numel(), device)
+        unroller.begin(state)
+        update = unroller.step(gradient)
+        unroller.finish(state)
+        if len(states) > 1:
+            for kept, new in zip(states, state.split(sizes, 1), strict=True):
+                kept.copy_(new)
+        for p, u in zip(params, update.split(sizes), strict=True):
+            p.add_(u.view(p.shape), alpha=lr)
+
+    def _unroller(self, size: int, device: torch.device) -> RuleUnroll:
+        if next(self.rule.parameters()).device != device:
+            self.rule.to(device)
+            self._unrollers.clear()
+        key = (size, device)
+        if key not in self._unrollers:
+            self._unrollers[key] = self.rule.unroller(size, 1, memory="flat")
+        return self._unrollers[key]
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As `torch.optim.Optimizer.load_state_dict`; the rule's state keeps its own dtype."""
+        super().load_state_dict(state_dict)
+        # The base class casts floating-point state to the parameter's dtype: take the values from the source.
+        saved = [p for group in state_dict["param_groups"] for p in group["params"]]
+        own = [p for group in self.param_groups for p in group["params"]]
+        for index, p in zip(saved, own, strict=True):
+            if index in state_dict["state"]:
+                self.state[p][STATE] = state_dict["state"][index][STATE].to(p.device, copy=True)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What is copied and pickled: all but the rule's buffers, which are made anew."""
+        return {**super().__getstate__(), "rule": self.rule, "_unrollers": {}}
+
+
+def load_rule(name_or_path: str | Path) -> UpdateRule:
+    """A trained rule from a Lightning checkpoint of `MetaOptimizer`, in evaluation mode.
+
+    The file is read with `weights_only=True`: it cannot execute code.
+
+    Args:
+        name_or_path: Path of the checkpoint.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: The file is no checkpoint of a rule, is damaged, or holds a rule of another size.
+    """
+    path = Path(name_or_path)
+    if not path.is_file():
+        raise FileNotFoundError(f"no rule at {str(path)!r}; give the path of a checkpoint that `fit` wrote")
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, EOFError, pickle.UnpicklingError, OSError, ValueError, KeyError) as error:
+        raise ValueError(
+            f"{str(path)!r} cannot be read as a checkpoint (damaged, or with code in it): "
+            f"{str(error).splitlines()[0] if str(error) else type(error).__name__}"
+        ) from error
+    try:
+        description = checkpoint["hyper_parameters"]["rule"]
+        weights = {k.removeprefix("rule."): v for k, v in checkpoint["state_dict"].items() if k.startswith("rule.")}
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{str(path)!r} is no checkpoint of a MetaOptimizer: it holds no rule") from error
+    rule = build_rule(description)
+    try:
+        rule.load_state_dict(weights)
+    except RuntimeError as error:
+        raise ValueError(
+            f"the weights in {str(path)!r} do not fit the rule it describes ({description}): it is damaged"
+        ) from error
+    return rule.eval().requires_grad_(False)

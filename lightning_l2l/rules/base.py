@@ -1,0 +1,157 @@
+"""What every update rule is, and how one that knows nothing of speed is unrolled."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+Memory = Literal["auto", "fast", "flat"]
+
+#: Coordinates in one block on the CPU: the block's buffers stay in the cache.
+CPU_BLOCK = 4096
+#: Coordinates in one block elsewhere: large enough to fill the device, small enough to bound its memory.
+DEVICE_BLOCK = 2**18
+
+
+def blocks(num_coordinates: int, largest: int) -> Iterator[slice]:
+    """Cut `num_coordinates` into blocks of nearly equal size, each of at most `largest` coordinates."""
+    count = -(-num_coordinates // largest)
+    size = -(-num_coordinates // max(count, 1))
+    size = min(-(-size // 8) * 8, largest)  # whole vector registers
+    for start in range(0, num_coordinates, size):
+        yield slice(start, min(start + size, num_coordinates))
+
+
+class UpdateRule(nn.Module, ABC):
+    """A learned g: gradient and state of a coordinate -> its update and next state.
+
+    A rule is coordinatewise: coordinate k of the update depends on coordinate k of gradient and state alone, with
+    meta-parameters that all coordinates share. So one call serves all parameters of all tasks, and a backward
+    pass may go through the coordinates block by block.
+
+    A subclass keeps every constructor argument as an attribute of the same name and of a plain type; checkpoints
+    and rule files describe it by those.
+    """
+
+    @property
+    @abstractmethod
+    def state_size(self) -> int:
+        """Numbers of state a coordinate."""
+
+    @abstractmethod
+    def forward(self, gradient: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+        """One inner step, differentiable by autograd.
+
+        Args:
+            gradient: `[num_coordinates]`.
+            state: `[state_size, num_coordinates]`.
+
+        Returns:
+            The update `[num_coordinates]`, to be added to the optimizee's parameters, and the next state.
+        """
+
+    def init_state(
+        self, num_coordinates: int, *, device: torch.device | None = None, dtype: torch.dtype | None = None
+    ) -> Tensor:
+        """State before the first inner step: zeros `[state_size, num_coordinates]`, float32 by default."""
+        return torch.zeros(self.state_size, num_coordinates, device=device, dtype=dtype or torch.float32)
+
+    def unroller(
+        self, num_coordinates: int, num_steps: int, *, memory: Memory = "auto", budget: int = 2**30, block: int | None = None
+    ) -> RuleUnroll:
+        """Buffers for unrolling this rule; made once and used for truncation after truncation.
+
+        Args:
+            num_coordinates: Coordinates of all tasks together.
+            num_steps: Inner steps of a truncation.
+            memory: "fast" keeps all activations until the backward pass, "flat" computes them again block by
+                block, "auto" is fast where the activations fit into `budget`.
+            budget: Bytes.
+            block: Coordinates in a block; by default what suits the device.
+        """
+        return AutogradUnroll(self, num_coordinates, num_steps, block=block)
+
+
+class RuleUnroll(ABC):
+    """A truncation of a rule: `begin`, `step` as often as there are inner steps, `finish`, and `gradients`.
+
+    Nothing here is recorded by autograd; tensors that are returned are valid until the next call.
+    """
+
+    @abstractmethod
+    def begin(self, state: Tensor) -> None:
+        """Start from `state` `[state_size, num_coordinates]`, with the meta-parameters as they are now."""
+
+    @abstractmethod
+    def step(self, gradient: Tensor) -> Tensor:
+        """One inner step: gradient `[num_coordinates]` -> update `[num_coordinates]`."""
+
+    @abstractmethod
+    def finish(self, state: Tensor) -> None:
+        """Write the state after the last step into `state`."""
+
+    @abstractmethod
+    def gradients(self, cotangents: Tensor) -> list[Tensor]:
+        """Gradient of sum(cotangents * updates) with respect to each of `rule.parameters()`.
+
+        The gradients that were fed to `step` count as constants.
+
+        Args:
+            cotangents: `[num_steps, num_coordinates]`.
+        """
+
+
+class AutogradUnroll(RuleUnroll):
+    """Any rule: the inner steps without a graph, then one block of coordinates after the other with one.
+
+    Args:
+        rule: The rule.
+        num_coordinates: Coordinates of all tasks together.
+        num_steps: Inner steps of a truncation.
+        block: Coordinates in a block; by default what suits the device.
+    """
+
+    def __init__(self, rule: UpdateRule, num_coordinates: int, num_steps: int, *, block: int | None = None) -> None:
+        parameter = next(rule.parameters())
+        self.rule = rule
+        self.blocks = list(blocks(num_coordinates, block or (CPU_BLOCK if parameter.is_cpu else DEVICE_BLOCK)))
+        self.inputs = parameter.new_empty(num_steps, num_coordinates)
+        self.count = 0
+
+    def begin(self, state: Tensor) -> None:
+        """See `RuleUnroll.begin`."""
+        self.first = state.clone()
+        self.state = self.first
+        self.count = 0
+
+    @torch.no_grad()
+    def step(self, gradient: Tensor) -> Tensor:
+        """See `RuleUnroll.step`."""
+        self.inputs[self.count].copy_(gradient)
+        update, self.state = self.rule(self.inputs[self.count], self.state)
+        self.count += 1
+        return update
+
+    def finish(self, state: Tensor) -> None:
+        """See `RuleUnroll.finish`."""
+        state.copy_(self.state)
+
+    def gradients(self, cotangents: Tensor) -> list[Tensor]:
+        """See `RuleUnroll.gradients`."""
+        parameters = list(self.rule.parameters())
+        totals = [torch.zeros_like(p) for p in parameters]
+        for part in self.blocks:
+            with torch.enable_grad():
+                state = self.first[:, part]
+                total = cotangents.new_zeros(())
+                for gradient, cotangent in zip(self.inputs[: self.count, part], cotangents[:, part], strict=True):
+                    update, state = self.rule(gradient, state)
+                    total = total + torch.dot(update, cotangent)
+                found = torch.autograd.grad(total, parameters, materialize_grads=True)
+            for sum_, one in zip(totals, found, strict=True):
+                sum_ += one
+        return totals

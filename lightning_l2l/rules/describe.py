@@ -1,0 +1,73 @@
+"""Objects as plain types and back: what checkpoints hold in place of pickled classes."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from typing import Any
+
+from lightning_l2l.rules.base import UpdateRule
+
+PLAIN = (bool, int, float, str, type(None))
+
+
+def describe(thing: object) -> dict[str, Any]:
+    """Class and constructor arguments of an object that keeps each argument under its own name.
+
+    Args:
+        thing: Such as an `UpdateRule` or a `Task`.
+
+    Returns:
+        `{"class_path": ..., "init_args": {...}}` of plain types alone, as LightningCLI writes it. Arguments that
+        are objects are described likewise; functions are named.
+
+    Example:
+        >>> from lightning_l2l.tasks import Quadratic
+        >>> describe(Quadratic(dim=3))
+        {'class_path': 'lightning_l2l.tasks.quadratic.Quadratic', 'init_args': {'dim': 3}}
+    """
+    names = [
+        p.name
+        for p in inspect.signature(type(thing).__init__).parameters.values()
+        if p.name != "self" and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)
+    ]
+    arguments = {name: _plain(getattr(thing, name)) for name in names if hasattr(thing, name)}
+    return {"class_path": _path(type(thing)), "init_args": arguments}
+
+
+def _path(named: Any) -> str:
+    return f"{named.__module__}.{named.__qualname__}"
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, PLAIN):
+        return value
+    if isinstance(value, list | tuple):
+        return [_plain(v) for v in value]
+    if isinstance(value, dict):
+        return {str(k): _plain(v) for k, v in value.items()}
+    return _path(value) if inspect.isroutine(value) or inspect.isclass(value) else describe(value)
+
+
+def build_rule(description: dict[str, Any]) -> UpdateRule:
+    """The rule that `describe` described.
+
+    Only classes that are imported already are considered: a file cannot have code imported.
+
+    Raises:
+        ValueError: The class is unknown, or its arguments do not fit it.
+    """
+    path = description.get("class_path") if isinstance(description, dict) else None
+    for known in _subclasses(UpdateRule):
+        if _path(known) == path:
+            try:
+                return known(**description["init_args"])
+            except (TypeError, KeyError) as error:
+                raise ValueError(f"{path} cannot be built from {description}: {error}") from error
+    raise ValueError(f"update rule {path!r} is not known; import the module that defines it first")
+
+
+def _subclasses(cls: type[UpdateRule]) -> Iterator[type[UpdateRule]]:
+    for sub in cls.__subclasses__():
+        yield sub
+        yield from _subclasses(sub)

@@ -1,0 +1,219 @@
+"""The paper's optimizer: a small LSTM, one copy of its state for every coordinate."""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from lightning_l2l.rules.base import CPU_BLOCK, DEVICE_BLOCK, Memory, RuleUnroll, UpdateRule, blocks
+from lightning_l2l.rules.lstm_kernel import Block, LSTMShape, Scratch, pack, unpack_gradients
+from lightning_l2l.rules.preprocessing import PREPROCESSING
+
+
+class CoordinatewiseLSTM(UpdateRule):
+    r"""An LSTM whose weights all coordinates share and whose state each has for itself.
+
+    .. math:: g_t = s\,(w^\top h_t + b), \qquad h_t = \mathrm{LSTM}(\mathrm{preprocess}(\nabla f_t), h_{t-1})
+
+    State: `[2 * hidden_size * num_layers, num_coordinates]`, rows (h, c) of the lowest layer first.
+
+    Args:
+        hidden_size: Hidden units a layer, at least 1.
+        num_layers: Layers, at least 1.
+        preprocessing: "log_and_sign" (appendix A of the paper) or "identity".
+        p: The p of appendix A, in (0, 87]; not used by "identity".
+        output_scale: s, the factor on the readout; not zero.
+        forget_bias: What the forget gates' bias starts at.
+
+    Raises:
+        ValueError: A size below 1, an unknown preprocessing, p or output_scale out of range.
+
+    Example:
+        >>> rule = CoordinatewiseLSTM(hidden_size=4)
+        >>> update, state = rule(torch.randn(7), rule.init_state(7))
+        >>> update.shape, state.shape
+        (torch.Size([7]), torch.Size([16, 7]))
+
+    References:
+        Andrychowicz et al., Learning to learn by gradient descent by gradient descent,
+        https://arxiv.org/abs/1606.04474, 2016.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int = 20,
+        num_layers: int = 2,
+        preprocessing: Literal["log_and_sign", "identity"] = "log_and_sign",
+        p: float = 10.0,
+        output_scale: float = 0.1,
+        forget_bias: float = 0.0,
+    ) -> None:
+        super().__init__()
+        for name, value in (("hidden_size", hidden_size), ("num_layers", num_layers)):
+            if value < 1:
+                raise ValueError(f"{name}={value} is not a size; use 1 or more")
+        if preprocessing not in PREPROCESSING:
+            raise ValueError(f"preprocessing={preprocessing!r} is unknown; use one of {', '.join(PREPROCESSING)}")
+        if not 0 < p <= 87:
+            raise ValueError(f"p={p} is out of range; use a number above 0 and up to 87 (e^p must be finite); 10 in the paper")
+        if output_scale == 0 or not math.isfinite(output_scale):
+            raise ValueError(f"output_scale={output_scale} gives no update; use a finite number other than 0, such as 0.1")
+        self.hidden_size = hidden_size
+        self.num_layers = num_layers
+        self.preprocessing = preprocessing
+        self.p = p
+        self.output_scale = output_scale
+        self.forget_bias = forget_bias
+        self._preprocess, self._input_size = PREPROCESSING[preprocessing]
+        for layer in range(num_layers):
+            fan_in = hidden_size if layer else self._input_size
+            self.register_parameter(f"weight_ih_l{layer}", nn.Parameter(torch.empty(4 * hidden_size, fan_in)))
+            self.register_parameter(f"weight_hh_l{layer}", nn.Parameter(torch.empty(4 * hidden_size, hidden_size)))
+            self.register_parameter(f"bias_l{layer}", nn.Parameter(torch.empty(4 * hidden_size)))
+        self.readout = nn.Linear(hidden_size, 1)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw the meta-parameters anew: uniform within 1 / sqrt(hidden_size), as `torch.nn.LSTM` does."""
+        bound = 1 / math.sqrt(self.hidden_size)
+        for parameter in self.parameters():
+            nn.init.uniform_(parameter, -bound, bound)
+        with torch.no_grad():
+            for _, _, bias in self.layers():
+                bias[self.hidden_size : 2 * self.hidden_size] = self.forget_bias
+
+    def layers(self) -> list[tuple[Tensor, Tensor, Tensor]]:
+        """(weight_ih, weight_hh, bias) of each layer, lowest first; gates in torch's order (i, f, g, o)."""
+        names = ("weight_ih", "weight_hh", "bias")
+        return [
+            tuple(getattr(self, f"{name}_l{layer}") for name in names)  # type: ignore[misc]
+            for layer in range(self.num_layers)
+        ]
+
+    @property
+    def state_size(self) -> int:
+        """Numbers of state a coordinate: h and c of every layer."""
+        return 2 * self.hidden_size * self.num_layers
+
+    @property
+    def shape(self) -> LSTMShape:
+        """Sizes as the kernel wants them."""
+        return LSTMShape(self._input_size, self.hidden_size, self.num_layers)
+
+    def preprocess(self, gradient: Tensor) -> Tensor:
+        """Features of a gradient, `[num_coordinates]` -> `[features, num_coordinates]`."""
+        return self._preprocess(gradient, self.p)
+
+    def forward(self, gradient: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+        """See `UpdateRule.forward`."""
+        x = self.preprocess(gradient)
+        parts = state.unflatten(0, (self.num_layers, 2, self.hidden_size))
+        after = []
+        for (weight_ih, weight_hh, bias), (h, c) in zip(self.layers(), parts, strict=True):
+            i, f, g, o = (weight_ih @ x + weight_hh @ h + bias[:, None]).chunk(4)
+            c = torch.sigmoid(f) * c + torch.sigmoid(i) * torch.tanh(g)
+            x = torch.sigmoid(o) * torch.tanh(c)
+            after += [x, c]
+        update = functional.linear(x.t(), self.readout.weight, self.readout.bias)[:, 0]
+        return self.output_scale * update, torch.cat(after)
+
+    def unroller(
+        self, num_coordinates: int, num_steps: int, *, memory: Memory = "auto", budget: int = 2**30, block: int | None = None
+    ) -> RuleUnroll:
+        """See `UpdateRule.unroller`; the backward pass is written by hand."""
+        if memory == "auto":
+            kept = num_coordinates * num_steps * self.shape.floats_per_step() * self.readout.weight.element_size()
+            memory = "fast" if kept <= budget else "flat"
+        return _LSTMUnroll(self, num_coordinates, num_steps, flat=memory == "flat", block=block)
+
+
+class _LSTMUnroll(RuleUnroll):
+    """`lstm_kernel` over blocks of coordinates; flat: one inner step's buffers while stepping, all steps' for one
+    block at a time in the backward pass."""
+
+    def __init__(
+        self, rule: CoordinatewiseLSTM, num_coordinates: int, num_steps: int, *, flat: bool, block: int | None
+    ) -> None:
+        like = rule.readout.weight.detach()
+        self.rule, self.flat, self.num_steps, self.shape, self.like = rule, flat, num_steps, rule.shape, like
+        self.parts = list(blocks(num_coordinates, block or (CPU_BLOCK if like.is_cpu else DEVICE_BLOCK)))
+        self.scratch: dict[int, Scratch] = {}
+        self.spare: dict[tuple[int, int], Block] = {}
+        self.update = like.new_empty(1, num_coordinates)
+        self.updates = [self.update[:, part] for part in self.parts]
+        if flat:
+            self.inputs = like.new_empty(num_steps, num_coordinates) if num_steps > 1 else None
+            self.state = like.new_empty(rule.state_size, num_coordinates)
+        else:
+            self.kept = [self._block(part, num_steps) for part in self.parts]
+
+    def _block(self, part: slice, num_steps: int) -> Block:
+        size = part.stop - part.start
+        scratch = self.scratch.setdefault(size, Scratch(self.shape, size, like=self.like))
+        return Block(self.shape, size, num_steps, scratch, like=self.like)
+
+    def _shared(self, part: slice, num_steps: int) -> Block:
+        key = (part.stop - part.start, num_steps)
+        if key not in self.spare:
+            self.spare[key] = self._block(part, num_steps)
+        return self.spare[key]
+
+    @torch.no_grad()
+    def begin(self, state: Tensor) -> None:
+        rule = self.rule
+        self.weights = pack(self.shape, rule.layers(), (rule.readout.weight, rule.readout.bias), rule.output_scale)
+        self.count = 0
+        if self.flat:
+            self.first = state
+            if self.num_steps > 1:
+                self.first = state.clone()
+            self.state.copy_(state)
+            return
+        for part, block in zip(self.parts, self.kept, strict=True):
+            block.load(state[:, part])
+
+    @torch.no_grad()
+    def step(self, gradient: Tensor) -> Tensor:
+        x = self.rule.preprocess(gradient)
+        if self.flat:
+            if self.inputs is not None:
+                self.inputs[self.count].copy_(gradient)
+            for part, update in zip(self.parts, self.updates, strict=True):
+                block = self._shared(part, 1)
+                block.load(self.state[:, part])
+                block.forward(0, x[:, part], self.weights, update)
+                block.store(1, self.state[:, part])
+        else:
+            for part, update, block in zip(self.parts, self.updates, self.kept, strict=True):
+                block.forward(self.count, x[:, part], self.weights, update)
+        self.count += 1
+        return self.update[0]
+
+    @torch.no_grad()
+    def finish(self, state: Tensor) -> None:
+        if self.flat:
+            state.copy_(self.state)
+            return
+        for part, block in zip(self.parts, self.kept, strict=True):
+            block.store(self.count, state[:, part])
+
+    @torch.no_grad()
+    def gradients(self, cotangents: Tensor) -> list[Tensor]:
+        if self.count != self.num_steps:
+            raise RuntimeError(f"{self.count} of {self.num_steps} inner steps were made; make all before gradients()")
+        total = self.like.new_zeros(1 + self.shape.gate_rows, self.shape.num_rows)
+        for index, part in enumerate(self.parts):
+            if self.flat:
+                block = self._shared(part, self.num_steps)
+                block.load(self.first[:, part])
+                for step in range(self.num_steps):
+                    block.forward(step, self.rule.preprocess(self.inputs[step, part]), self.weights, None)
+            else:
+                block = self.kept[index]
+            block.backward(cotangents[:, part], self.weights, total)
+        layers, readout = unpack_gradients(self.shape, total, self.rule.output_scale)
+        return [*(gradient for layer in layers for gradient in layer), *readout]

@@ -1,0 +1,8 @@
+"""What is optimised: tasks, the networks they train, and the starting points of episodes."""
+
+from lightning_l2l.tasks.base import Task, check_losses, init_from_seeds
+from lightning_l2l.tasks.mlp import MLP
+from lightning_l2l.tasks.network import NetworkTask
+from lightning_l2l.tasks.quadratic import Quadratic
+
+__all__ = ["MLP", "NetworkTask", "Quadratic", "Task", "check_losses", "init_from_seeds"]

@@ -1,0 +1,293 @@
+"""Training a neural network, any ``nn.Module``, on minibatches."""
+
+import copy
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.dropout import _DropoutNd
+from torch.nn.parameter import is_lazy
+
+from lightning_l2l.tasks.base import Task, mix_seed
+
+
+class NetworkTask(Task):
+    """Minimise a network's minibatch loss: f_k(theta_k) at step t is the loss on minibatch t of task k.
+
+    The copies of the network, one per task, are evaluated side by side by ``torch.func.vmap`` (one after the
+    other if it has a layer that does not allow that, such as a recurrent one). The module is used as it is
+    and never changed. It runs in training mode: batch norm normalises with the minibatch, and each copy has
+    running statistics of its own, among the buffers. Tied parameters stay tied. Parameters that do not
+    require a gradient are not trained: they keep the module's values, as buffers.
+
+    Args:
+        module: The network, or a callable without arguments that builds one.
+        loss_fn: Maps (output, target) to a scalar; a function or a module.
+        init_scale: Standard deviation of the i.i.d. Gaussian from which every parameter starts, positive.
+            ``None`` starts each copy the way the network does by itself: a callable is called anew; in a
+            module the ``reset_parameters`` or ``_reset_parameters`` methods are run anew, children first.
+        stochastic: Whether a forward pass draws random numbers; ``None`` looks for torch's own random layers.
+            Say ``True`` for a module that calls a random function itself. The noise is a function of the
+            first task's seed and of the step: repeatable, different for each copy, and dependent on which
+            tasks share a batch.
+
+    Raises:
+        ValueError: If ``init_scale`` is not positive, or if the module has nothing to train, has
+            uninitialised (lazy) parameters, or has parameters that no method of it initialises anew.
+
+    Example:
+        >>> task = NetworkTask(nn.Linear(3, 2))
+        >>> params = task.init_params(4, torch.Generator().manual_seed(0))
+        >>> params["weight"].shape
+        torch.Size([4, 2, 3])
+        >>> batch = {"inputs": torch.zeros(4, 11, 8, 3), "targets": torch.zeros(4, 11, 8, dtype=torch.uint8)}
+        >>> task.loss(params, batch, step=10).shape
+        torch.Size([4])
+    """
+
+    def __init__(
+        self,
+        module: nn.Module | Callable[[], nn.Module],
+        loss_fn: nn.Module | Callable[[Tensor, Tensor], Tensor] = nn.functional.cross_entropy,
+        init_scale: float | None = None,
+        stochastic: bool | None = None,
+    ) -> None:
+        if init_scale is not None and not 0 < init_scale < math.inf:
+            raise ValueError(f"init_scale={init_scale} must be positive, or None for the module's own start")
+        self.module = module
+        self.loss_fn = loss_fn
+        self.init_scale = init_scale
+        self.stochastic = stochastic
+
+        # A private copy. Its own values do not matter: it runs with the optimizee's tensors in their place.
+        with _global_rng(torch.Generator()), torch.device("cpu"):
+            template = copy.deepcopy(module if isinstance(module, nn.Module) else module()).cpu().train()
+            named = dict(template.named_parameters())
+            frozen = {
+                name: value.detach().clone() for name, value in named.items() if not value.requires_grad
+            }
+            self._names = [name for name in named if name not in frozen]
+            if not self._names or any(is_lazy(value) for value in named.values()):
+                problem = "uninitialised (lazy) parameters" if self._names else "no parameters to train"
+                raise ValueError(
+                    f"{type(template).__name__} has {problem}; give a network ready for training"
+                )
+            if isinstance(module, nn.Module) and init_scale is None:
+                _check_reset(template)  # also resets the buffers, so that copies start with fresh statistics
+        self._template = template
+        self._buffers = frozen | {name: buffer.clone() for name, buffer in template.named_buffers()}
+        self._slots = _tensor_slots(template, [*self._names, *self._buffers])
+        self._random = _has_random_layers(template) if stochastic is None else stochastic
+        self._one_by_one = not _takes_vmap(template)
+
+    def init_params(self, num_tasks: int, generator: torch.Generator) -> dict[str, Tensor]:
+        """Draw the parameters ``[num_tasks, ...]``, one copy after the other.
+
+        With ``init_scale=None`` the generator takes the place of torch's global one while a copy initialises
+        itself, so the first copy is what the constructor gives after ``torch.manual_seed``.
+        """
+        copies = [self._init_copy(generator) for _ in range(num_tasks)]
+        return {name: torch.stack([params[name] for params in copies]) for name in self._names}
+
+    def init_buffers(self, num_tasks: int) -> dict[str, Tensor]:
+        """The module's buffers and its frozen parameters, ``[num_tasks, ...]``."""
+        return {name: value.expand(num_tasks, *value.shape).clone() for name, value in self._buffers.items()}
+
+    def loss(self, params: Mapping[str, Tensor], batch: Mapping[str, Tensor], step: int) -> Tensor:
+        """Evaluate each copy on its minibatch ``step``.
+
+        Args:
+            params: Parameters ``[num_tasks, ...]``, with or without the buffers; see ``Task.loss``.
+            batch: ``inputs`` ``[num_tasks, num_steps + 1, n, ...]``, ``targets``
+                ``[num_tasks, num_steps + 1, n]`` and, for a stochastic network, ``seed`` ``[num_tasks]``.
+                Only minibatch ``step`` is brought to the parameters' device and floating type; there uint8
+                inputs are divided by 255 and uint8 targets become int64.
+            step: Number of the minibatch, from 0.
+
+        Returns:
+            The losses ``[num_tasks]``.
+
+        Raises:
+            ValueError: If the network is stochastic and the batch has no seed.
+        """
+        like = params[self._names[0]]
+        num_tasks = len(like)
+        inputs, targets = batch["inputs"].select(1, step), batch["targets"].select(1, step)
+        labels = targets.dtype == torch.uint8
+        if inputs.dtype == torch.uint8:
+            inputs = inputs.to(like.device).to(like.dtype).div_(255)
+        inputs = _match(inputs, like)
+        targets = targets.to(like.device, torch.int64) if labels else _match(targets, like)
+        if not self._buffers.keys() <= params.keys():
+            initial = {name: _match(value, like) for name, value in self.init_buffers(num_tasks).items()}
+            params = {**initial, **params}
+        tensors = [params[name] for name in self._names] + [params[name] for name in self._buffers]
+
+        with _noise(like.device, _noise_seed(batch, step)) if self._random else nullcontext():
+            if num_tasks == 1:  # vmap would cost as much as a small network itself
+                one = [tensor.squeeze(0) for tensor in tensors]
+                return self._copy_loss(one, inputs.squeeze(0), targets.squeeze(0)).unsqueeze(0)
+            if self._one_by_one:
+                copies = zip(*[tensor.unbind(0) for tensor in tensors], strict=True)
+                data = zip(copies, inputs.unbind(0), targets.unbind(0), strict=True)
+                return torch.stack([self._copy_loss(*entry) for entry in data])
+            # "error": a random function that nobody told us about is refused, not left unrepeatable.
+            randomness = "different" if self._random else "error"
+            if labels and self.loss_fn is nn.functional.cross_entropy:
+                outputs = torch.func.vmap(self._forward, randomness=randomness)(tensors, inputs)
+                # vmap takes cross_entropy apart into a dozen operators; over all copies' rows it is one call.
+                # No row can be ignore_index, since its label was a uint8: the mean is over all of them.
+                rows = nn.functional.cross_entropy(
+                    outputs.flatten(0, 1), targets.flatten(0, 1), reduction="none"
+                )
+                return rows.view(num_tasks, -1).mean(1)
+            losses: Tensor = torch.func.vmap(self._copy_loss, randomness=randomness)(tensors, inputs, targets)
+            return losses
+
+    def _copy_loss(self, tensors: Sequence[Tensor], inputs: Tensor, targets: Tensor) -> Tensor:
+        loss: Tensor = self.loss_fn(self._forward(tensors, inputs), targets)
+        return loss
+
+    def _forward(self, tensors: Sequence[Tensor], inputs: Tensor) -> Tensor:
+        """Run one copy: ``torch.func.functional_call``, with the search for names done once and for all."""
+        previous = [owner[name] for owner, name, _ in self._slots]
+        try:
+            for owner, name, index in self._slots:
+                owner[name] = tensors[index]
+            output: Tensor = self._template(inputs)
+            for owner, name, index in self._slots:
+                if owner[name] is not tensors[index]:  # a buffer that forward replaced: written back
+                    tensors[index].copy_(owner[name].detach())
+            return output
+        finally:
+            for (owner, name, _), tensor in zip(self._slots, previous, strict=True):
+                owner[name] = tensor
+
+    def _init_copy(self, generator: torch.Generator) -> dict[str, Tensor]:
+        if self.init_scale is not None:
+            named = dict(self._template.named_parameters())
+            start = {name: torch.empty_like(named[name], requires_grad=False) for name in self._names}
+            for value in start.values():
+                value.normal_(0, self.init_scale, generator=generator)
+            return start
+        with _global_rng(generator), torch.device("cpu"):
+            if isinstance(self.module, nn.Module):
+                _reset_parameters(self._template)
+                named = dict(self._template.named_parameters())
+            else:
+                named = dict(self.module().named_parameters())
+        return {name: named[name].detach().clone() for name in self._names}
+
+
+def _match(tensor: Tensor, like: Tensor) -> Tensor:
+    """Move to the device of ``like`` and, where it is floating-point, to its dtype."""
+    return tensor.to(like.device, like.dtype if tensor.is_floating_point() else None)
+
+
+def _tensor_slots(module: nn.Module, names: Sequence[str]) -> list[tuple[dict[str, Any], str, int]]:
+    """Every place where the module keeps a parameter or buffer: (dictionary, key, index into names).
+
+    A tied parameter has several places and one name.
+    """
+    tensors = dict(module.named_parameters()) | dict(module.named_buffers())
+    index = {id(tensors[name]): number for number, name in enumerate(names)}
+    owners: list[dict[str, Any]] = []
+    for submodule in module.modules():
+        owners += [submodule._parameters, submodule._buffers]
+    return [
+        (owner, key, index[id(value)])
+        for owner in owners
+        for key, value in owner.items()
+        if value is not None
+    ]
+
+
+def _reset_parameters(module: nn.Module) -> None:
+    """Run the initialisers of the module and all below it, in the order of their construction."""
+    for child in module.children():
+        _reset_parameters(child)
+    parameters = list(module.parameters())
+    if parameters and not any(parameter.requires_grad for parameter in parameters):
+        return  # frozen, hence kept with its statistics
+    reset = getattr(module, "reset_parameters", None) or getattr(module, "_reset_parameters", None)
+    if reset is not None:
+        reset()
+
+
+def _check_reset(module: nn.Module) -> None:
+    """Reset a module, and refuse it where a parameter depends on what was there before."""
+    trained = {name: value for name, value in module.named_parameters() if value.requires_grad}
+    with torch.no_grad():
+        for value in trained.values():
+            value.fill_(math.nan)
+    _reset_parameters(module)
+    for name, value in module.named_parameters():
+        if name in trained and bool(value.isnan().any()):
+            path, _, _ = name.rpartition(".")
+            owner = module.get_submodule(path)
+            raise ValueError(
+                f"parameter {name!r} of {type(owner).__name__} cannot be initialised anew: no "
+                "reset_parameters sets it; give init_scale=..., or pass a callable that builds the module"
+            )
+
+
+def _has_random_layers(module: nn.Module) -> bool:
+    for layer in module.modules():
+        if isinstance(layer, _DropoutNd) and layer.p > 0:
+            return True
+        if isinstance(layer, nn.MultiheadAttention | nn.RNNBase) and layer.dropout > 0:
+            return True
+        if isinstance(layer, nn.RReLU | nn.FractionalMaxPool2d | nn.FractionalMaxPool3d):
+            return True
+    return False
+
+
+def _takes_vmap(module: nn.Module) -> bool:
+    for layer in module.modules():
+        if isinstance(layer, nn.RNNBase):
+            return False  # vmap has no rule for their kernels
+        if isinstance(layer, _BatchNorm) and layer.momentum is None and layer.track_running_stats:
+            return False  # a cumulative average: forward reads the number of batches as a Python number
+    return True
+
+
+def _noise_seed(batch: Mapping[str, Tensor], step: int) -> int:
+    if "seed" not in batch:
+        raise ValueError(
+            "the network draws random numbers (dropout, for one) and the batch has no 'seed' [num_tasks] to "
+            "draw them from; add it to the data, or remove the random layers"
+        )
+    return mix_seed(int(batch["seed"][0]), 1 + step)  # stream 0 is the starting point
+
+
+@contextmanager
+def _noise(device: torch.device, seed: int) -> Iterator[None]:
+    """Seed the RNGs that a forward pass on ``device`` draws from; put them back as they were afterwards."""
+    if device.type == "cpu":
+        with _global_rng(torch.Generator().manual_seed(seed)):
+            yield
+        return
+    with torch.random.fork_rng([device], device_type=device.type):
+        torch.default_generator.manual_seed(seed)
+        if device.type == "cuda":
+            # not cuda.manual_seed, which means whichever device is the current one
+            torch.cuda.default_generators[device.index].manual_seed(seed)
+        else:
+            torch.get_device_module(device).manual_seed(seed)
+        yield
+
+
+@contextmanager
+def _global_rng(generator: torch.Generator) -> Iterator[None]:
+    """Let ``generator`` take the place of the global CPU generator, under which initialisers draw."""
+    outer = torch.get_rng_state()
+    torch.set_rng_state(generator.get_state())
+    try:
+        yield
+    finally:
+        generator.set_state(torch.get_rng_state())
+        torch.set_rng_state(outer)

@@ -1,0 +1,66 @@
+"""Random quadratic functions."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from lightning_l2l.tasks.base import Task
+
+
+class Quadratic(Task):
+    """Least squares with a random matrix: f_k(theta) = ||W_k theta - y_k||^2, the squares summed.
+
+    W_k and y_k stay the same for the whole episode. The start is theta ~ N(0, I).
+
+    Args:
+        dim: Number of coordinates of theta, at least 1; W_k is ``dim`` x ``dim``.
+
+    Raises:
+        ValueError: If ``dim`` is not positive.
+
+    Example:
+        >>> task = Quadratic(dim=2)
+        >>> batch = {"W": torch.eye(2).expand(3, 2, 2), "y": torch.zeros(3, 2)}
+        >>> task.loss({"theta": torch.ones(3, 2)}, batch, step=0)
+        tensor([2., 2., 2.])
+
+    References:
+        Andrychowicz et al., *Learning to learn by gradient descent by gradient descent*, section 3.1, 2016,
+        https://arxiv.org/abs/1606.04474
+    """
+
+    def __init__(self, dim: int = 10) -> None:
+        if dim < 1:
+            raise ValueError(f"dim={dim} must be at least 1")
+        self.dim = dim
+
+    def init_params(self, num_tasks: int, generator: torch.Generator) -> dict[str, Tensor]:
+        """Draw ``theta`` ``[num_tasks, dim]``, i.i.d. standard Gaussian."""
+        return {"theta": torch.randn(num_tasks, self.dim, generator=generator, device="cpu")}
+
+    def loss(self, params: Mapping[str, Tensor], batch: Mapping[str, Tensor], step: int) -> Tensor:
+        """Evaluate the quadratics.
+
+        Args:
+            params: ``theta`` ``[num_tasks, dim]``.
+            batch: ``W`` ``[num_tasks, dim, dim]`` and ``y`` ``[num_tasks, dim]``.
+            step: Not used: the function is the same at every step.
+
+        Returns:
+            The losses ``[num_tasks]``.
+
+        Raises:
+            ValueError: If a tensor has another shape.
+        """
+        theta, W, y = params["theta"], batch["W"], batch["y"]
+        num_tasks, dim = len(theta), self.dim
+        if W.shape != (num_tasks, dim, dim) or y.shape != (num_tasks, dim) or theta.shape != (num_tasks, dim):
+            raise ValueError(
+                f"W {list(W.shape)}, y {list(y.shape)} and theta {list(theta.shape)} do not fit "
+                f"Quadratic(dim={dim}), which takes [num_tasks, dim, dim], [num_tasks, dim] and "
+                "[num_tasks, dim]; give the task and the data the same dim"
+            )
+        # Few operators: at this size each costs more than its arithmetic.
+        residual = torch.baddbmm(y.unsqueeze(2), W, theta.unsqueeze(2), beta=-1)  # [num_tasks, dim, 1]
+        return (residual * residual).sum((1, 2))

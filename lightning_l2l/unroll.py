@@ -1,0 +1,206 @@
+"""An episode, truncation by truncation, with the exact first-order meta-gradient.
+
+Minibatch t belongs to theta_t: f_t(theta_t) is its loss. An inner step takes the gradient of f_t at theta_t, asks
+the rule for an update and adds it; the step's loss is f_{t+1}(theta_{t+1}). So an episode of `num_steps` steps
+uses num_steps + 1 minibatches, t = 0 .. num_steps, and its meta-loss sums the num_steps terms t = 1 .. num_steps.
+
+With the gradients cut from the graph, theta_t = theta_0 + u_0 + ... + u_{t-1}, and the meta-loss of a truncation
+has the gradient
+
+    sum_s < c_s, du_s / dphi >,    c_s = grad f_{s+1}(theta_{s+1}) + ... + grad f_T(theta_T)
+
+where every gradient in c_s is one that the rule is fed anyway; the last is the first input of the next
+truncation. Hence one forward and one backward pass of the optimizee a step, and no graph that outlives it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_l2l.rules.base import Memory, RuleUnroll, UpdateRule
+from lightning_l2l.tasks.base import Task, check_losses, init_from_seeds
+
+
+@dataclass
+class Episode:
+    """Where an episode stands: B optimizees side by side, and the rule's state for all of their coordinates.
+
+    Attributes:
+        batch: The data of the episode, `[num_tasks, ...]` each.
+        theta: All parameters of all optimizees, `[num_tasks, coordinates of one]`.
+        params: Views of `theta` by name, `[num_tasks, ...]`, leaves of autograd.
+        variables: `params` and the optimizees' buffers together, as `Task.loss` takes them.
+        state: The rule's state, `[state_size, num_coordinates]`.
+        gradient: Gradient at `theta`, `[num_tasks, coordinates of one]`.
+        losses: Loss of each task at `theta`, `[num_tasks]`.
+        step: Inner steps made so far.
+    """
+
+    batch: Mapping[str, Tensor]
+    theta: Tensor
+    params: dict[str, Tensor]
+    variables: dict[str, Tensor]
+    state: Tensor
+    gradient: Tensor
+    losses: Tensor
+    step: int = 0
+
+
+@dataclass(frozen=True)
+class Truncation:
+    """What a truncation of T inner steps gives.
+
+    Attributes:
+        losses: `[T, num_tasks]`, f_t(theta_t) after each of the T steps, without a graph.
+        meta_loss: Scalar, the sum over the T terms, the mean over tasks. Its `backward()` adds the meta-gradient
+            to the rule's parameters.
+    """
+
+    losses: Tensor
+    meta_loss: Tensor
+
+
+@dataclass
+class Unroll:
+    """Runs episodes of a task under a rule.
+
+    Args:
+        task: What is optimised.
+        rule: By what it is optimised; its parameters are the meta-parameters.
+        second_derivatives: Differentiate through the gradients as well, by plain autograd through everything:
+            slower, and in need of a task that can be differentiated twice.
+        memory: "fast" keeps the rule's activations of a truncation, "flat" computes them again in the backward
+            pass block by block, so that memory does not grow with coordinates x steps x hidden size; "auto" is
+            fast as long as the activations fit into `memory_budget`.
+        memory_budget: Bytes.
+        block: Coordinates that the rule treats at once; None: what suits the device.
+    """
+
+    task: Task
+    rule: UpdateRule
+    second_derivatives: bool = False
+    memory: Memory = "auto"
+    memory_budget: int = 2**30
+    block: int | None = None
+    _buffers: dict[tuple[Any, ...], tuple[RuleUnroll, Tensor, Tensor]] = field(default_factory=dict, repr=False)
+
+    def start(self, batch: Mapping[str, Tensor]) -> Episode:
+        """Begin an episode at the starting points that `batch["seed"]` `[num_tasks]` determines.
+
+        Raises:
+            ValueError: The task's loss has the wrong shape, or is not finite at the start.
+        """
+        seeds = batch["seed"]
+        like = next(self.rule.parameters())
+        start, buffers = init_from_seeds(self.task, seeds, device=like.device)
+        theta = torch.cat([p.flatten(1) for p in start.values()], 1)
+        params = {}
+        first = 0
+        for name, p in start.items():
+            size = math.prod(p.shape[1:])
+            params[name] = theta[:, first : first + size].view(p.shape).detach().requires_grad_()
+            first += size
+        state = self.rule.init_state(theta.numel(), device=like.device, dtype=like.dtype)
+        episode = Episode(
+            batch, theta, params, {**params, **buffers}, state, torch.empty_like(theta), theta.new_empty(0)
+        )
+        self._evaluate(episode, episode.gradient)
+        check_losses(episode.losses, len(seeds), at_start=True)
+        return episode
+
+    def run(self, episode: Episode, num_steps: int) -> Truncation:
+        """Make `num_steps` inner steps and change `episode` in place; call `backward()` on the meta-loss returned."""
+        if self.second_derivatives:
+            return self._run_by_autograd(episode, num_steps)
+        unroller, gradients, cotangents = self._buffers_for(episode, num_steps)
+        shape = episode.theta.shape
+        gradients[0].copy_(episode.gradient)
+        losses = []
+        unroller.begin(episode.state)
+        for t in range(num_steps):
+            update = unroller.step(gradients[t].view(-1))
+            episode.theta.add_(update.view(shape))
+            episode.step += 1
+            self._evaluate(episode, gradients[t + 1])
+            losses.append(episode.losses)
+        unroller.finish(episode.state)
+        episode.gradient = gradients[num_steps].clone()
+        total = cotangents.view(num_steps, *shape)
+        total[num_steps - 1].copy_(gradients[num_steps])
+        for s in range(num_steps - 2, -1, -1):
+            torch.add(total[s + 1], gradients[s + 1], out=total[s])
+        meta_gradient = unroller.gradients(cotangents.div_(shape[0]))
+        stacked = torch.stack(losses)  # [num_steps, num_tasks]
+        return Truncation(stacked, _attach(stacked.mean(1).sum(), meta_gradient, list(self.rule.parameters())))
+
+    def _buffers_for(self, episode: Episode, num_steps: int) -> tuple[RuleUnroll, Tensor, Tensor]:
+        theta, like = episode.theta, next(self.rule.parameters())
+        key = (theta.shape, num_steps, like.device, like.dtype)
+        if key not in self._buffers:
+            self._buffers.clear()  # another size: the old buffers may be large
+            self._buffers[key] = (
+                self.rule.unroller(
+                    theta.numel(), num_steps, memory=self.memory, budget=self.memory_budget, block=self.block
+                ),
+                like.new_empty(num_steps + 1, *theta.shape),
+                like.new_empty(num_steps, theta.numel()),
+            )
+        return self._buffers[key]
+
+    def _evaluate(self, episode: Episode, gradient: Tensor) -> None:
+        """Loss of each task and its gradient at theta, on the minibatch that belongs to it."""
+        with torch.enable_grad():
+            losses = self.task.loss(episode.variables, episode.batch, episode.step)
+            if episode.step == 0:
+                check_losses(losses, len(episode.theta), at_start=False)
+            found = torch.autograd.grad(losses.sum(), list(episode.params.values()), materialize_grads=True)
+        torch.cat([g.flatten(1) for g in found], 1, out=gradient)
+        episode.losses = losses.detach()
+
+    def _run_by_autograd(self, episode: Episode, num_steps: int) -> Truncation:
+        losses = []
+        buffers = {k: v for k, v in episode.variables.items() if k not in episode.params}
+        sizes = [p[0].numel() for p in episode.params.values()]
+        with torch.enable_grad():
+            theta, state = episode.theta.clone().requires_grad_(), episode.state
+            for t in range(num_steps + 1):
+                parts = theta.split(sizes, 1)
+                params = {
+                    name: part.view(p.shape) for (name, p), part in zip(episode.params.items(), parts, strict=True)
+                }
+                per_task = self.task.loss({**params, **buffers}, episode.batch, episode.step)
+                (gradient,) = torch.autograd.grad(per_task.sum(), theta, create_graph=t < num_steps, retain_graph=True)
+                if t:
+                    losses.append(per_task)
+                if t < num_steps:
+                    update, state = self.rule(gradient.flatten(), state)
+                    theta = theta + update.view_as(theta)
+                    episode.step += 1
+        episode.theta.copy_(theta.detach())
+        episode.state, episode.gradient, episode.losses = state.detach(), gradient.detach(), losses[-1].detach()
+        stacked = torch.stack(losses)
+        return Truncation(stacked.detach(), stacked.mean(1).sum())
+
+
+class _Attach(torch.autograd.Function):
+    """A value whose gradient with respect to some parameters is known already."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, gradients: list[Tensor], *parameters: Tensor) -> Tensor:
+        ctx.gradients = gradients
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        return None, None, *(grad_outputs[0] * g for g in ctx.gradients)
+
+
+def _attach(value: Tensor, gradients: list[Tensor], parameters: list[Tensor]) -> Tensor:
+    # An ordinary node of the graph, so that hooks on the parameters run: it is these that synchronise ranks.
+    return _Attach.apply(value, gradients, *parameters)  # type: ignore[no-untyped-call, no-any-return]

@@ -1,0 +1,182 @@
+"""What holds for every rule: `forward`, the unroll that knows nothing of speed, and the hand-written one agree."""
+
+import copy
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from lightning_l2l.rules import CoordinatewiseLSTM, UpdateRule
+from lightning_l2l.rules.base import AutogradUnroll, blocks
+
+
+class Momentum(UpdateRule):
+    """The smallest rule of one's own: heavy-ball momentum with learned coefficients."""
+
+    def __init__(self):
+        super().__init__()
+        self.log_lr, self.decay = nn.Parameter(torch.tensor(-3.0)), nn.Parameter(torch.tensor(0.5))
+
+    state_size = 1
+
+    def forward(self, gradient, state):
+        velocity = self.decay * state[0] + gradient
+        return -self.log_lr.exp() * velocity, velocity[None]
+
+
+RULES = {
+    "paper": lambda: CoordinatewiseLSTM(),
+    "raw": lambda: CoordinatewiseLSTM(preprocessing="identity", output_scale=1.0),
+    "one-layer": lambda: CoordinatewiseLSTM(hidden_size=3, num_layers=1, p=5.0),
+    "three-layers": lambda: CoordinatewiseLSTM(hidden_size=5, num_layers=3, output_scale=-0.3, forget_bias=1.0),
+    "one-unit": lambda: CoordinatewiseLSTM(hidden_size=1, num_layers=4),
+    "own": Momentum,
+}
+N, T = 37, 6
+
+
+@pytest.fixture(params=RULES)
+def rule(request):
+    torch.manual_seed(0)
+    return RULES[request.param]().double()
+
+
+@pytest.fixture
+def fed(rule):
+    g = torch.Generator().manual_seed(1)
+    gradients = torch.randn(T, N, dtype=torch.float64, generator=g) * torch.logspace(-6, 0, T, dtype=torch.float64)[:, None]
+    cotangents = torch.randn(T, N, dtype=torch.float64, generator=g)
+    state = torch.randn(rule.state_size, N, dtype=torch.float64, generator=g)
+    return gradients, cotangents, state
+
+
+def by_autograd(rule, gradients, cotangents, state):
+    updates = []
+    for gradient in gradients:
+        update, state = rule(gradient, state)
+        updates.append(update)
+    updates = torch.stack(updates)
+    total = (updates * cotangents).sum()
+    return updates.detach(), state.detach(), torch.autograd.grad(total, list(rule.parameters()))
+
+
+def unrolled(unroller, gradients, cotangents, state):
+    unroller.begin(state)
+    updates = torch.stack([unroller.step(g).clone() for g in gradients])
+    after = torch.empty_like(state)
+    unroller.finish(after)
+    return updates, after, unroller.gradients(cotangents)
+
+
+@pytest.mark.parametrize("memory", ["fast", "flat"])
+@pytest.mark.parametrize("block", [1, 8, 36, None])
+def test_unroll_equals_autograd(rule, fed, memory, block):
+    want = by_autograd(rule, *fed)
+    unroller = rule.unroller(N, T, memory=memory, block=block)
+    for _ in range(2):  # its buffers serve again
+        got = unrolled(unroller, *fed)
+        torch.testing.assert_close(got[0], want[0], rtol=1e-12, atol=1e-13)
+        torch.testing.assert_close(got[1], want[1], rtol=1e-12, atol=1e-13)
+        for a, b, (name, p) in zip(got[2], want[2], rule.named_parameters(), strict=True):
+            assert a.shape == p.shape, name
+            torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
+
+
+def test_generic_unroll_equals_autograd(rule, fed):
+    want = by_autograd(rule, *fed)
+    got = unrolled(AutogradUnroll(rule, N, T, block=10), *fed)
+    for a, b in zip((*got[:2], *got[2]), (*want[:2], *want[2]), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
+
+
+def test_nothing_given_is_changed(rule, fed):
+    before = [t.clone() for t in fed]
+    for memory in ("fast", "flat"):
+        unrolled(rule.unroller(N, T, memory=memory), *fed)
+    assert all(torch.equal(a, b) for a, b in zip(fed, before, strict=True))
+
+
+def test_coordinates_are_independent(rule, fed):
+    gradients, _, state = fed
+    order = torch.randperm(N, generator=torch.Generator().manual_seed(2))
+    update, after = rule(gradients[0], state)
+    permuted, after_permuted = rule(gradients[0][order], state[:, order])
+    torch.testing.assert_close(permuted, update[order])
+    torch.testing.assert_close(after_permuted, after[:, order])
+
+
+def test_forward_matches_torch_lstm():
+    torch.manual_seed(0)
+    rule = CoordinatewiseLSTM(hidden_size=6, num_layers=2, preprocessing="identity", output_scale=0.5)
+    lstm = nn.LSTM(1, 6, 2)
+    with torch.no_grad():
+        for name, parameter in lstm.named_parameters():
+            kind, _, layer = name.partition("_l")
+            if kind == "bias_hh":
+                parameter.zero_()
+            else:
+                parameter.copy_(getattr(rule, f"{'bias' if kind == 'bias_ih' else kind}_l{layer}"))
+    g = torch.randn(T, N)
+    want = 0.5 * rule.readout(lstm(g[..., None])[0])[..., 0]
+    state = rule.init_state(N)
+    for t in range(T):
+        update, state = rule(g[t], state)
+        torch.testing.assert_close(update, want[t])
+
+
+def test_float32_stays_close_to_float64():
+    torch.manual_seed(0)
+    rule = CoordinatewiseLSTM()
+    g, c = torch.randn(20, 500) * 0.1, torch.randn(20, 500)
+    low = unrolled(rule.unroller(500, 20), g, c, rule.init_state(500))
+    exact = copy.deepcopy(rule).double()
+    high = unrolled(exact.unroller(500, 20), g.double(), c.double(), exact.init_state(500, dtype=torch.float64))
+    torch.testing.assert_close(low[0].double(), high[0], rtol=1e-4, atol=1e-7)
+    for a, b in zip(low[2], high[2], strict=True):
+        assert (a.double() - b).norm() < 1e-5 * b.norm()
+
+
+def test_auto_memory_goes_by_its_budget():
+    rule = CoordinatewiseLSTM()
+    kept = 1000 * 20 * rule.shape.floats_per_step() * 4
+    assert not rule.unroller(1000, 20, budget=kept).flat
+    assert rule.unroller(1000, 20, budget=kept - 1).flat
+
+
+def test_forget_bias_starts_the_forget_gates():
+    rule = CoordinatewiseLSTM(hidden_size=4, forget_bias=2.5)
+    for _, _, bias in rule.layers():
+        assert (bias[4:8] == 2.5).all() and (bias[:4] != 2.5).all()
+
+
+def test_gradients_before_the_last_step_are_refused():
+    unroller = CoordinatewiseLSTM().unroller(3, 2)
+    unroller.begin(torch.zeros(80, 3))
+    with pytest.raises(RuntimeError, match="0 of 2"):
+        unroller.gradients(torch.zeros(2, 3))
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ({"hidden_size": 0}, "hidden_size=0"),
+        ({"num_layers": -1}, "num_layers=-1"),
+        ({"p": 0}, "p=0"),
+        ({"p": -3.0}, "p=-3.0"),
+        ({"p": math.inf}, "p=inf"),
+        ({"p": math.nan}, "p=nan"),
+        ({"output_scale": 0.0}, "output_scale=0.0"),
+        ({"preprocessing": "log"}, "log_and_sign, identity"),
+    ],
+)
+def test_bad_arguments(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        CoordinatewiseLSTM(**arguments)
+
+
+@pytest.mark.parametrize("total, largest", [(1, 4), (15910, 4096), (4096, 4096), (4097, 4096), (7, 3)])
+def test_blocks_cover_everything_once(total, largest):
+    parts = list(blocks(total, largest))
+    assert [i for part in parts for i in range(part.start, part.stop)] == list(range(total))
+    assert all(part.stop - part.start <= largest for part in parts)

@@ -1,0 +1,132 @@
+"""How long a meta-epoch takes beside plain autograd: `pytest -m benchmark`.
+
+One meta-epoch: 100 inner steps in 5 truncations of 20, an Adam step of the meta-parameters after each, float32,
+2 threads, the data in memory. (M) is the MNIST MLP, one task of 15,910 coordinates with log-and-sign; (Q) is 128
+quadratics of 10 dimensions. The reference does the same work the plain way: `nn.LSTMCell`, autograd through the
+unroll, gradients of the optimizee detached.
+"""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional
+
+from lightning_l2l.rules import CoordinatewiseLSTM
+from lightning_l2l.tasks import MLP, NetworkTask, Quadratic
+from lightning_l2l.unroll import Unroll
+
+pytestmark = pytest.mark.benchmark
+
+SECONDS = {}
+
+
+def mnist_like():
+    g = torch.Generator().manual_seed(0)
+    inputs = torch.randint(0, 256, (1, 101, 128, 28, 28), dtype=torch.uint8, generator=g)
+    targets = torch.randint(0, 10, (1, 101, 128), dtype=torch.uint8, generator=g)
+    return {"inputs": inputs, "targets": targets, "seed": torch.tensor([0])}
+
+
+def quadratics():
+    g = torch.Generator().manual_seed(0)
+    W, y = torch.randn(128, 10, 10, generator=g), torch.randn(128, 10, generator=g)
+    return {"W": W, "y": y, "seed": torch.arange(128)}
+
+
+PROBLEMS = {
+    "M": (lambda: NetworkTask(MLP()), lambda: CoordinatewiseLSTM(), mnist_like),
+    "Q": (lambda: Quadratic(10), lambda: CoordinatewiseLSTM(preprocessing="identity"), quadratics),
+}
+
+
+def ours(problem):
+    task, rule, data = (make() for make in PROBLEMS[problem])
+    unroll, meta_optimizer = Unroll(task, rule), torch.optim.Adam(rule.parameters(), lr=1e-3)
+
+    def meta_epoch():
+        episode = unroll.start(data)
+        for _ in range(5):
+            meta_optimizer.zero_grad()
+            unroll.run(episode, 20).meta_loss.backward()
+            meta_optimizer.step()
+
+    return meta_epoch
+
+
+class PlainLSTM(nn.Module):
+    def __init__(self, features):
+        super().__init__()
+        self.features = features
+        self.first, self.second, self.readout = nn.LSTMCell(features, 20), nn.LSTMCell(20, 20), nn.Linear(20, 1)
+
+    def preprocess(self, gradient):
+        if self.features == 1:
+            return gradient[:, None]
+        size = gradient.abs()
+        large = size >= math.exp(-10)
+        magnitude = torch.where(large, size.clamp_min(1e-30).log() / 10, -1.0)
+        return torch.stack([magnitude, torch.where(large, gradient.sign(), math.exp(10) * gradient)], 1)
+
+    def forward(self, gradient, state):
+        a = self.first(self.preprocess(gradient), state[0])
+        b = self.second(a[0], state[1])
+        return 0.1 * self.readout(b[0])[:, 0], (a, b)
+
+
+def plain_mlp(data):
+    images, labels = data["inputs"][0].flatten(2) / 255, data["targets"][0].long()
+
+    def loss(theta, t):
+        w1, b1, w2, b2 = theta.split([15680, 20, 200, 10])
+        hidden = torch.sigmoid(functional.linear(images[t], w1.view(20, 784), b1))
+        return functional.cross_entropy(functional.linear(hidden, w2.view(10, 20), b2), labels[t])
+
+    return loss, 15910, 1
+
+
+def plain_quadratics(data):
+    W, y = data["W"], data["y"]
+
+    def loss(theta, t):
+        return ((torch.bmm(W, theta.view(128, 10, 1))[..., 0] - y) ** 2).sum()
+
+    return loss, 1280, 128
+
+
+def reference(problem):
+    loss, size, num_tasks = (plain_mlp if problem == "M" else plain_quadratics)(PROBLEMS[problem][2]())
+    rule = PlainLSTM(2 if problem == "M" else 1)
+    meta_optimizer = torch.optim.Adam(rule.parameters(), lr=1e-3)
+
+    def meta_epoch():
+        theta = 0.1 * torch.randn(size)
+        state = tuple((torch.zeros(size, 20), torch.zeros(size, 20)) for _ in range(2))
+        for first in range(0, 100, 20):
+            meta_loss = 0.0
+            for t in range(first, first + 20):
+                at = theta.detach().requires_grad_()
+                (gradient,) = torch.autograd.grad(loss(at, t), at)
+                update, state = rule(gradient, state)
+                theta = theta + update
+                meta_loss = meta_loss + loss(theta, t + 1) / num_tasks
+            meta_optimizer.zero_grad()
+            meta_loss.backward()
+            meta_optimizer.step()
+            theta, state = theta.detach(), tuple((h.detach(), c.detach()) for h, c in state)
+
+    return meta_epoch
+
+
+@pytest.mark.parametrize("implementation", [reference, ours], ids=lambda f: f.__name__)
+@pytest.mark.parametrize("problem", PROBLEMS)
+def test_meta_epoch(benchmark, problem, implementation, capsys):
+    torch.set_num_threads(2)
+    benchmark.group = problem
+    benchmark.pedantic(implementation(problem), rounds=8 if problem == "M" else 20, warmup_rounds=1)
+    SECONDS[problem, implementation.__name__] = benchmark.stats.stats.median
+    if implementation is ours:
+        ratio = SECONDS[problem, "ours"] / SECONDS[problem, "reference"]
+        with capsys.disabled():
+            print(f"\n({problem}) {SECONDS[problem, 'ours']:.3f} s, {ratio:.3f} x the reference")

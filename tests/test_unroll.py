@@ -1,0 +1,219 @@
+import pytest
+import torch
+from torch import nn
+
+from lightning_l2l.rules import CoordinatewiseLSTM
+from lightning_l2l.tasks import MLP, NetworkTask, Quadratic, Task, init_from_seeds
+from lightning_l2l.unroll import Unroll
+
+NUM_STEPS, UNROLL = 6, 3
+
+
+def data(task, num_tasks):
+    g = torch.Generator().manual_seed(5)
+    seeds = torch.arange(3, 3 + num_tasks)
+    if isinstance(task, Quadratic):
+        W = torch.randn(num_tasks, task.dim, task.dim, generator=g, dtype=torch.float64)
+        return {"W": W, "y": torch.randn(num_tasks, task.dim, generator=g, dtype=torch.float64), "seed": seeds}
+    inputs = torch.randn(num_tasks, NUM_STEPS + 1, 8, 5, generator=g, dtype=torch.float64)
+    return {"inputs": inputs, "targets": torch.randint(0, 3, (num_tasks, NUM_STEPS + 1, 8), generator=g), "seed": seeds}
+
+
+class DoubleQuadratic(Quadratic):
+    def init_params(self, num_tasks, generator):
+        return {k: v.double() for k, v in super().init_params(num_tasks, generator).items()}
+
+
+def batch_norm_net():
+    return nn.Sequential(nn.Linear(5, 4), nn.BatchNorm1d(4), nn.Tanh(), nn.Linear(4, 3)).double()
+
+
+TASKS = {
+    "quadratic": lambda: DoubleQuadratic(4),
+    "mlp": lambda: NetworkTask(MLP(5, 4, out_features=3).double()),
+    "batch-norm": lambda: NetworkTask(batch_norm_net()),
+}
+
+
+@pytest.fixture(params=TASKS)
+def task(request):
+    torch.manual_seed(0)
+    return TASKS[request.param]()
+
+
+@pytest.fixture
+def rule():
+    torch.manual_seed(0)
+    return CoordinatewiseLSTM(hidden_size=5, output_scale=0.5).double()
+
+
+def brute_force(task, rule, batch, num_steps, start=None, state=None, detach=True):
+    """The meta-loss of one truncation, summed term by term with one graph through all of it."""
+    params, buffers = init_from_seeds(task, batch["seed"])
+    params = start or params
+    num_tasks = len(batch["seed"])
+    if state is None:
+        state = rule.init_state(sum(p.numel() for p in params.values()), dtype=torch.float64)
+    first = dict(params)
+    meta_loss, losses = 0.0, []
+    for t in range(num_steps):
+        leaves = {k: (v.detach().requires_grad_() if detach or t == 0 else v) for k, v in params.items()}
+        loss = task.loss({**leaves, **buffers}, batch, t).sum()
+        gradients = torch.autograd.grad(loss, list(leaves.values()), create_graph=not detach)
+        # coordinates are ordered task by task, and by parameter within a task
+        flat = torch.cat([g.reshape(num_tasks, -1) for g in gradients], 1).flatten()
+        update, state = rule(flat, state)
+        sizes = [v[0].numel() for v in first.values()]
+        parts = update.view(num_tasks, -1).split(sizes, 1)
+        params = {k: v + u.view(v.shape) for (k, v), u in zip(params.items(), parts, strict=True)}
+        after = task.loss({**params, **buffers}, batch, t + 1)
+        losses.append(after.detach())
+        meta_loss = meta_loss + after.mean()
+    return meta_loss, torch.stack(losses), params, state
+
+
+@pytest.mark.parametrize("num_tasks", [1, 3])
+@pytest.mark.parametrize("memory, block", [("fast", None), ("flat", None), ("fast", 16), ("flat", 7)])
+def test_meta_gradient_is_brute_force_autograd_with_gradients_detached(task, rule, num_tasks, memory, block):
+    batch = data(task, num_tasks)
+    meta_loss, losses, _, _ = brute_force(task, rule, batch, NUM_STEPS)
+    want = torch.autograd.grad(meta_loss, list(rule.parameters()))
+
+    unroll = Unroll(task, rule, memory=memory, block=block)
+    result = unroll.run(unroll.start(batch), NUM_STEPS)
+    result.meta_loss.backward()
+    torch.testing.assert_close(result.losses, losses, rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(result.meta_loss, meta_loss, rtol=1e-10, atol=1e-12)
+    for parameter, gradient in zip(rule.parameters(), want, strict=True):
+        torch.testing.assert_close(parameter.grad, gradient, rtol=1e-8, atol=1e-12)
+
+
+def test_second_truncation_carries_parameters_and_state_over_but_no_graph(task, rule):
+    batch = data(task, 2)
+    _, _, params, state = brute_force(task, rule, batch, UNROLL)
+    shifted = {k: v[:, UNROLL:] if k in ("inputs", "targets") else v for k, v in batch.items()}
+    meta_loss, losses, _, _ = brute_force(
+        task, rule, shifted, UNROLL, {k: v.detach() for k, v in params.items()}, state.detach()
+    )
+    want = torch.autograd.grad(meta_loss, list(rule.parameters()))
+
+    unroll = Unroll(task, rule)
+    episode = unroll.start(batch)
+    unroll.run(episode, UNROLL)
+    result = unroll.run(episode, UNROLL)
+    result.meta_loss.backward()
+    assert episode.step == NUM_STEPS
+    torch.testing.assert_close(result.losses, losses, rtol=1e-10, atol=1e-12)
+    for parameter, gradient in zip(rule.parameters(), want, strict=True):
+        torch.testing.assert_close(parameter.grad, gradient, rtol=1e-8, atol=1e-12)
+
+
+def meta_loss_of(task, rule, batch):
+    """Both truncations' meta-losses at fixed meta-parameters, as a number."""
+    with torch.no_grad():
+        unroll = Unroll(task, rule)
+        return unroll.run(unroll.start(batch), NUM_STEPS).meta_loss.item()
+
+
+def test_second_derivatives_give_the_gradient_of_finite_differences(task, rule):
+    if any(isinstance(m, nn.BatchNorm1d) for m in getattr(task, "module", nn.Identity()).modules()):
+        pytest.skip("running statistics differ between two evaluations of the same start")
+    batch = data(task, 2)
+    unroll = Unroll(task, rule, second_derivatives=True)
+    unroll.run(unroll.start(batch), NUM_STEPS).meta_loss.backward()
+    g = torch.Generator().manual_seed(9)
+    for parameter in rule.parameters():
+        direction = torch.randn(parameter.shape, generator=g, dtype=torch.float64)
+        values = []
+        for sign in (1, -1):
+            with torch.no_grad():
+                parameter.add_(direction, alpha=sign * 1e-6)
+                values.append(meta_loss_of(task, rule, batch))
+                parameter.sub_(direction, alpha=sign * 1e-6)
+        slope = (values[0] - values[1]) / 2e-6
+        assert (parameter.grad * direction).sum().item() == pytest.approx(slope, rel=2e-5, abs=1e-8)
+
+
+def test_second_derivatives_matter():
+    """First order and full gradient are two different things; otherwise the tests above would prove little."""
+    torch.manual_seed(0)
+    task, rule = DoubleQuadratic(4), CoordinatewiseLSTM(5, preprocessing="identity", output_scale=1.0).double()
+    batch = data(task, 2)
+    found = []
+    for second in (False, True):
+        rule.zero_grad()
+        unroll = Unroll(task, rule, second_derivatives=second)
+        unroll.run(unroll.start(batch), NUM_STEPS).meta_loss.backward()
+        found.append(torch.cat([p.grad.flatten() for p in rule.parameters()]))
+    assert (found[0] - found[1]).norm() > 0.01 * found[1].norm()
+
+
+def test_the_meta_loss_sums_num_steps_terms_and_leaves_out_the_start(rule):
+    class Counting(Task):
+        """f_t = 10^t whatever theta is, so that the sum tells which terms are in it."""
+
+        def init_params(self, num_tasks, generator):
+            return {"theta": torch.zeros(num_tasks, 1, dtype=torch.float64)}
+
+        def loss(self, params, batch, step):
+            return 10.0**step + 0 * params["theta"].sum(1)
+
+    unroll = Unroll(Counting(), rule)
+    episode = unroll.start({"seed": torch.arange(2)})
+    assert episode.losses.tolist() == [1, 1]
+    assert unroll.run(episode, 3).meta_loss.item() == pytest.approx(1110)
+    assert unroll.run(episode, 3).meta_loss.item() == pytest.approx(1110000)
+
+
+def test_one_forward_and_one_backward_of_the_optimizee_a_step(rule):
+    calls = []
+
+    class Spy(DoubleQuadratic):
+        def loss(self, params, batch, step):
+            calls.append(step)
+            return super().loss(params, batch, step)
+
+    task = Spy(4)
+    unroll = Unroll(task, rule)
+    episode = unroll.start(data(task, 2))
+    for _ in range(2):
+        unroll.run(episode, UNROLL)
+    assert calls == list(range(NUM_STEPS + 1))
+
+
+def test_tasks_do_not_depend_on_their_neighbours(task, rule):
+    batch = data(task, 3)
+    unroll = Unroll(task, rule)
+    together = unroll.run(unroll.start(batch), NUM_STEPS).losses
+    for k in range(3):
+        alone = unroll.run(unroll.start({name: v[k : k + 1] for name, v in batch.items()}), NUM_STEPS).losses
+        torch.testing.assert_close(alone[:, 0], together[:, k], rtol=1e-9, atol=1e-12)
+
+
+def test_buffers_hold_each_copys_statistics(rule):
+    torch.manual_seed(0)
+    task = NetworkTask(batch_norm_net())
+    unroll = Unroll(task, rule)
+    episode = unroll.start(data(task, 2))
+    unroll.run(episode, NUM_STEPS)
+    mean = episode.variables["1.running_mean"]
+    assert mean.shape == (2, 4) and not torch.equal(mean[0], mean[1]) and (mean != 0).all()
+
+
+class Wrong(Quadratic):
+    def __init__(self, change):
+        super().__init__(2)
+        self.change = change
+
+    def loss(self, params, batch, step):
+        return self.change(super().loss(params, batch, step))
+
+
+@pytest.mark.parametrize(
+    "change, message", [(lambda x: x.mean(), "one loss per task"), (lambda x: x / 0, "not finite at the start")]
+)
+def test_a_broken_task_gets_one_clear_line(change, message):
+    rule = CoordinatewiseLSTM()
+    batch = {"W": torch.ones(3, 2, 2), "y": torch.zeros(3, 2), "seed": torch.arange(3)}
+    with pytest.raises(ValueError, match=message):
+        Unroll(Wrong(change), rule).start(batch)
