@@ -1,6 +1,8 @@
 """Learning to learn by gradient descent by gradient descent, on PyTorch Lightning."""
 
+from lightning_l2l.cli import main
 from lightning_l2l.data import MNISTDataModule, QuadraticDataModule
+from lightning_l2l.meta_optimizer import MetaOptimizer
 from lightning_l2l.optim import LearnedOptimizer, load_rule
 from lightning_l2l.rules import CoordinatewiseLSTM, UpdateRule
 from lightning_l2l.tasks import NetworkTask, Quadratic, Task
@@ -9,10 +11,12 @@ __all__ = [
     "CoordinatewiseLSTM",
     "LearnedOptimizer",
     "MNISTDataModule",
+    "MetaOptimizer",
     "NetworkTask",
     "Quadratic",
     "QuadraticDataModule",
     "Task",
     "UpdateRule",
     "load_rule",
+    "main",
 ]

@@ -1,0 +1,6 @@
+"""`python -m lightning_l2l`."""
+
+from lightning_l2l.cli import main
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,139 @@
+"""The command line: `python -m lightning_l2l fit | validate | test | predict`."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningDataModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
+
+from lightning_l2l import data, rules, tasks  # noqa: F401  # so that YAML can name their classes without a path
+from lightning_l2l.callbacks import LearningCurves
+from lightning_l2l.interrupt import FinishEpisode
+from lightning_l2l.meta_optimizer import MetaOptimizer
+
+LAST = "last"
+
+DEFAULTS: dict[str, Any] = {
+    "model.task": {"class_path": "lightning_l2l.Quadratic", "init_args": {"dim": 10}},
+    "model.rule": {
+        "class_path": "lightning_l2l.CoordinatewiseLSTM",
+        "init_args": {"preprocessing": "log_and_sign", "output_scale": 0.1},
+    },
+    "data": {"class_path": "lightning_l2l.QuadraticDataModule", "init_args": {"num_tasks": 128}},
+    "checkpoint.monitor": "val/final_loss",
+    "checkpoint.filename": "best",
+    "checkpoint.enable_version_counter": False,
+}
+
+TRAINER_DEFAULTS: dict[str, Any] = {
+    "max_epochs": 50,
+    "log_every_n_steps": 10,
+    "inference_mode": False,  # evaluation trains optimizees, which needs gradients
+    "accelerator": "auto",
+    "devices": 1,
+}
+
+
+class CLI(LightningCLI):
+    """LightningCLI with the product's defaults and callbacks, and `--ckpt_path last` across runs."""
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """The callbacks that every run has, configurable as `--checkpoint.*` and `--curves.*`."""
+        parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
+        parser.add_lightning_class_args(LearningCurves, "curves")
+        parser.set_defaults(DEFAULTS)
+
+    def _parse_ckpt_path(self) -> None:
+        """Find "last", and take the model from the checkpoint where the command line says nothing of it."""
+        command = self.config.get("subcommand")
+        config = self.config[command] if command else {}
+        if not config.get("ckpt_path"):
+            return
+        if config["ckpt_path"] == LAST:
+            config["ckpt_path"] = str(_newest_last(config))
+        path = Path(config["ckpt_path"])
+        _check_checkpoint(path)
+        if command == "fit" and path.name == "last.ckpt" and path.parent.name == "checkpoints":
+            self._resume_into = path.parent.parent
+        defaults = self._subcommand_parsers[command].get_defaults()
+        if config["model"] == defaults["model"]:
+            super()._parse_ckpt_path()
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """A resumed run goes on in the folder of the run that it continues."""
+        folder = getattr(self, "_resume_into", None)
+        config = self.config_init[self.subcommand]["trainer"]
+        if folder is not None and folder.name.startswith("version_") and config["logger"] in (None, True):
+            from lightning.pytorch.loggers import TensorBoardLogger
+
+            version = folder.name.removeprefix("version_")
+            kwargs["logger"] = TensorBoardLogger(folder.parent.parent, folder.parent.name, int(version))
+        return super().instantiate_trainer(**kwargs)
+
+
+def _newest_last(config: Any) -> Path:
+    """The last.ckpt written most recently under the folder that this run would log to."""
+    root = Path(config["trainer"]["default_root_dir"] or ".")
+    found = sorted(root.glob("*/version_*/checkpoints/last.ckpt"), key=lambda p: p.stat().st_mtime)
+    if not found:
+        raise FileNotFoundError(
+            f"--ckpt_path last: no checkpoints/last.ckpt in any run under {str(root.resolve())!r}; give the path of "
+            "the checkpoint, or the --trainer.default_root_dir of the run that wrote it"
+        )
+    return found[-1]
+
+
+def _check_checkpoint(path: Path) -> None:
+    if not path.is_file():
+        raise FileNotFoundError(f"--ckpt_path {str(path)!r}: no such file; give a checkpoint that fit wrote, or 'last'")
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        checkpoint["state_dict"], checkpoint["hyper_parameters"]["rule"]
+    except Exception as error:  # whatever a damaged file makes torch.load raise
+        raise ValueError(
+            f"--ckpt_path {str(path)!r} is damaged or not a checkpoint of this project "
+            f"({type(error).__name__}); give another one, such as best.ckpt beside it"
+        ) from error
+
+
+def main(args: ArgsType = None) -> None:
+    """Run a command.
+
+    Args:
+        args: As on the command line, such as `["fit", "--model.num_steps", "50"]`; None takes them from there. From
+            Python, mistakes raise; on the command line they are one line on stderr and exit status 1.
+    """
+    try:
+        CLI(
+            MetaOptimizer,
+            LightningDataModule,
+            subclass_mode_data=True,
+            auto_configure_optimizers=False,  # a meta-optimizer is an argument of MetaOptimizer
+            seed_everything_default=0,
+            trainer_defaults={**TRAINER_DEFAULTS, "callbacks": [FinishEpisode(), _last_checkpoint()]},
+            save_config_kwargs={"overwrite": True},  # a resumed run writes into its own folder again
+            parser_kwargs={"default_env": False},
+            args=args,
+        )
+    except (ValueError, RuntimeError, FileNotFoundError) as error:
+        if args is not None or not _own(error):
+            raise
+        sys.exit(f"error: {error}")
+
+
+def _last_checkpoint() -> ModelCheckpoint:
+    """last.ckpt after each validation, for resuming, however good or bad."""
+    return ModelCheckpoint(filename=LAST, enable_version_counter=False)
+
+
+def _own(error: BaseException) -> bool:
+    """Whether the project itself raised this: a foreseeable mistake, whose message says all."""
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    return trace is not None and Path(trace.tb_frame.f_code.co_filename).is_relative_to(Path(__file__).parent)

@@ -1,0 +1,228 @@
+"""Meta-training as a LightningModule."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import ReduceLROnPlateau
+from torchmetrics import MeanMetric
+
+from lightning_l2l.comparison import rollout
+from lightning_l2l.optim import LearnedOptimizer
+from lightning_l2l.rules import UpdateRule
+from lightning_l2l.rules.base import Memory
+from lightning_l2l.rules.describe import describe
+from lightning_l2l.tasks import Task
+from lightning_l2l.unroll import Unroll
+
+Batch = Mapping[str, Tensor]
+
+
+class MetaOptimizer(LightningModule):
+    """Trains an update rule on how well it trains.
+
+    A training step is one episode: `num_steps` inner steps of the batch's tasks, truncated every `unroll_length`
+    of them, and an outer step of the meta-optimizer after each truncation. Validation, test and prediction hand
+    the rule to the same function that runs any `torch.optim.Optimizer`.
+
+    Logged, against the number of outer steps:
+
+    * `train/meta_loss`: sum over the episode's `num_steps` terms f_t(theta_t), t = 1 .. num_steps, mean over
+      tasks; `train/meta_gradient_norm`: the largest of the episode, before clipping; `train/skipped`: outer
+      steps skipped so far because the meta-gradient was not finite.
+    * `val/final_loss`: f_t(theta_t) at t = num_steps, mean over the validation tasks; `val/meta_loss`: as in
+      training. A diverged task makes both infinite.
+
+    Args:
+        task: What is optimised.
+        rule: By what; its parameters are the meta-parameters.
+        num_steps: *Inner steps* of an episode.
+        unroll_length: *Inner steps* between truncations; divides `num_steps`.
+        lr: Meta-learning rate, above 0.
+        optimizer: The meta-optimizer; `lr` is set on it.
+        lr_scheduler: Learning-rate schedule of the meta-optimizer, in *epochs*; one that waits for a plateau
+            watches `val/final_loss`.
+        gradient_clip: Largest norm of a meta-gradient; None leaves it as it is.
+        max_skipped: *Outer steps* in a row with a meta-gradient that is not finite before the run is stopped.
+        second_derivatives: See `Unroll`.
+        memory: See `Unroll`.
+        memory_budget: See `Unroll`; bytes.
+
+    Raises:
+        ValueError: A size below 1, `unroll_length` does not divide `num_steps`, or `lr` is out of range.
+    """
+
+    def __init__(
+        self,
+        task: Task,
+        rule: UpdateRule,
+        num_steps: int = 100,
+        unroll_length: int = 20,
+        lr: float = 0.003,
+        optimizer: OptimizerCallable = torch.optim.Adam,
+        lr_scheduler: LRSchedulerCallable | None = None,
+        gradient_clip: float | None = None,
+        max_skipped: int = 20,
+        second_derivatives: bool = False,
+        memory: Memory = "auto",
+        memory_budget: int = 2**30,
+    ) -> None:
+        super().__init__()
+        sizes = {"num_steps": num_steps, "unroll_length": unroll_length, "max_skipped": max_skipped}
+        for name, size in {**sizes, "memory_budget": memory_budget}.items():
+            if size < 1:
+                raise ValueError(f"{name}={size} is not a size; use 1 or more")
+        if num_steps % unroll_length:
+            raise ValueError(
+                f"unroll_length={unroll_length} does not divide num_steps={num_steps}; use {_divisors(num_steps)}"
+            )
+        for name, value in {"lr": lr, "gradient_clip": gradient_clip}.items():
+            if value is not None and not 0 < value < math.inf:
+                raise ValueError(f"{name}={value} is out of range; use a finite number above 0")
+        self.automatic_optimization = False
+        self.task, self.rule = task, rule
+        self.num_steps, self.unroll_length, self.lr = num_steps, unroll_length, lr
+        self.optimizer, self.lr_scheduler = optimizer, lr_scheduler
+        self.gradient_clip, self.max_skipped = gradient_clip, max_skipped
+        self.unroll = Unroll(task, rule, second_derivatives, memory, memory_budget)
+        self.skipped = self.skipped_in_a_row = 0
+        # "disable": a loss that is no number must show, not drop out of the mean.
+        self.final_loss, self.meta_loss = MeanMetric(nan_strategy="disable"), MeanMetric(nan_strategy="disable")
+        self.save_hyperparameters(
+            {
+                "task": describe(task),
+                "rule": describe(rule),
+                "num_steps": num_steps,
+                "unroll_length": unroll_length,
+                "lr": lr,
+                "gradient_clip": gradient_clip,
+                "max_skipped": max_skipped,
+                "second_derivatives": second_derivatives,
+                "memory": memory,
+                "memory_budget": memory_budget,
+                "_instantiator": "lightning.pytorch.cli.instantiate_module",
+            }
+        )
+
+    def configure_optimizers(self) -> Any:
+        """The meta-optimizer at the meta-learning rate, with its schedule."""
+        optimizer = self.optimizer(self.rule.parameters())
+        for group in optimizer.param_groups:
+            group["lr"] = self.lr
+        if self.lr_scheduler is None:
+            return optimizer
+        # `training_step` does not step it: manual optimization leaves that to `on_train_epoch_end`.
+        scheduler = {"scheduler": self.lr_scheduler(optimizer), "monitor": "val/final_loss", "strict": False}
+        return {"optimizer": optimizer, "lr_scheduler": scheduler}
+
+    def training_step(self, batch: Batch, batch_idx: int) -> None:
+        """One episode, one outer step a truncation."""
+        optimizer = self.optimizers()
+        episode = self.unroll.start(batch)
+        total, largest = torch.zeros((), device=self.device), torch.zeros((), device=self.device)
+        for _ in range(self.num_steps // self.unroll_length):
+            optimizer.zero_grad()  # type: ignore[union-attr]
+            truncation = self.unroll.run(episode, self.unroll_length)
+            self.manual_backward(truncation.meta_loss)
+            norm = torch.nn.utils.get_total_norm([p.grad for p in self.rule.parameters() if p.grad is not None])
+            total += truncation.meta_loss.detach()
+            largest = torch.maximum(largest, norm)
+            self._outer_step(optimizer, bool(norm.isfinite()))
+        values = {"train/meta_loss": total, "train/meta_gradient_norm": largest, "train/skipped": self.skipped}
+        self.log_dict({**values, "step": float(self.global_step)}, batch_size=1)
+        self.log("meta_loss", total, prog_bar=True, logger=False, batch_size=1)
+
+    def _outer_step(self, optimizer: Any, finite: bool) -> None:
+        # The gradient has been averaged over ranks by now: one rank's bad number makes all of them skip together.
+        if finite:
+            self.skipped_in_a_row = 0
+            if self.gradient_clip is not None:
+                self.clip_gradients(optimizer, self.gradient_clip, "norm")
+            optimizer.step()
+            return
+        self.skipped += 1
+        self.skipped_in_a_row += 1
+        if self.skipped_in_a_row >= self.max_skipped:
+            raise RuntimeError(
+                f"the meta-gradient was not finite {self.skipped_in_a_row} outer steps in a row: the optimizees "
+                f"diverge under this rule; resume from an earlier checkpoint with a smaller --model.lr (now {self.lr}) "
+                "or with --model.gradient_clip 1.0, or start anew with a smaller output_scale of the rule"
+            )
+
+    def on_train_epoch_end(self) -> None:
+        """Step the learning-rate schedule."""
+        scheduler = self.lr_schedulers()
+        if isinstance(scheduler, ReduceLROnPlateau):
+            if "val/final_loss" in self.trainer.callback_metrics:
+                scheduler.step(self.trainer.callback_metrics["val/final_loss"])
+        elif scheduler is not None:
+            scheduler.step()  # type: ignore[union-attr]
+
+    def evaluate(self, batch: Batch) -> Tensor:
+        """Losses `[num_steps + 1, num_tasks]` of the batch's tasks under the rule; row t is f_t(theta_t)."""
+        if torch.is_inference_mode_enabled():
+            raise RuntimeError(
+                "this Trainer has inference_mode=True, under which no optimizee can be trained; "
+                "use Trainer(inference_mode=False)"
+            )
+
+        def learned(params: list[Tensor]) -> Optimizer:
+            return LearnedOptimizer(params, self.rule)
+
+        return rollout(learned, self.task, batch, self.num_steps, self.device)
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
+        """Losses of the validation tasks, and the two metrics of them."""
+        losses = self.evaluate(batch)
+        self.final_loss(losses[-1])
+        self.meta_loss(losses[1:].sum(0))
+        options: dict[str, Any] = {"on_step": False, "on_epoch": True, "batch_size": losses.shape[1]}
+        self.log("val/final_loss", self.final_loss, prog_bar=True, **options)
+        self.log("val/meta_loss", self.meta_loss, **options)
+        self.log("step", float(self.global_step), **options)
+        return {"losses": losses}
+
+    def test_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
+        """Losses of the test tasks; what is made of them is the callbacks' affair."""
+        return {"losses": self.evaluate(batch)}
+
+    def predict_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
+        """Losses of the test tasks."""
+        return self.test_step(batch, batch_idx)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep the count of skipped outer steps."""
+        checkpoint["skipped"] = [self.skipped, self.skipped_in_a_row]
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse the checkpoint of another rule.
+
+        Raises:
+            ValueError: The rule in the checkpoint is not the one that this run asks for.
+        """
+        saved, own = checkpoint.get("hyper_parameters", {}).get("rule"), describe(self.rule)
+        if saved is None:
+            raise ValueError("the checkpoint is not one of a MetaOptimizer: it describes no rule")
+        if saved["class_path"] != own["class_path"]:
+            raise ValueError(
+                f"the checkpoint holds a {saved['class_path']}, this run asks for {own['class_path']}; "
+                f"use --model.rule {saved['class_path']}"
+            )
+        changed = {k: v for k, v in saved["init_args"].items() if own["init_args"].get(k) != v and k != "forget_bias"}
+        if changed:
+            here = ", ".join(f"{k}={own['init_args'].get(k)}" for k in changed)
+            flags = " ".join(f"--model.rule.{k} {v}" for k, v in changed.items())
+            raise ValueError(f"the checkpoint's rule is not the one asked for ({here}); use {flags}")
+        self.skipped, self.skipped_in_a_row = checkpoint.get("skipped", (0, 0))
+
+
+def _divisors(number: int) -> str:
+    found = [str(d) for d in range(1, number + 1) if number % d == 0]
+    return " or ".join([", ".join(found[:-1]), found[-1]]) if len(found) > 1 else found[0]
