@@ -5,9 +5,10 @@ from lightning_l2l.data import MNISTDataModule, QuadraticDataModule
 from lightning_l2l.meta_optimizer import MetaOptimizer
 from lightning_l2l.optim import LearnedOptimizer, load_rule
 from lightning_l2l.rules import CoordinatewiseLSTM, UpdateRule
-from lightning_l2l.tasks import NetworkTask, Quadratic, Task
+from lightning_l2l.tasks import MLP, NetworkTask, Quadratic, Task
 
 __all__ = [
+    "MLP",
     "CoordinatewiseLSTM",
     "LearnedOptimizer",
     "MNISTDataModule",

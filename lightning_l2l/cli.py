@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from lightning.pytorch import LightningDataModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
+from lightning.pytorch.loggers import TensorBoardLogger
 
 from lightning_l2l import data, rules, tasks  # noqa: F401  # so that YAML can name their classes without a path
 from lightning_l2l.callbacks import LearningCurves
@@ -25,6 +27,7 @@ DEFAULTS: dict[str, Any] = {
         "init_args": {"preprocessing": "log_and_sign", "output_scale": 0.1},
     },
     "data": {"class_path": "lightning_l2l.QuadraticDataModule", "init_args": {"num_tasks": 128}},
+    "model.lr": 0.003,
     "checkpoint.monitor": "val/final_loss",
     "checkpoint.filename": "best",
     "checkpoint.enable_version_counter": False,
@@ -64,13 +67,17 @@ class CLI(LightningCLI):
         if config["model"] == defaults["model"]:
             super()._parse_ckpt_path()
 
+    def before_instantiate_classes(self) -> None:
+        """Checkpoints are read without executing anything in them."""
+        if "weights_only" in self._subcommand_method_arguments[self.subcommand]:
+            self.config[self.subcommand]["weights_only"] = True
+
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """A resumed run goes on in the folder of the run that it continues."""
         folder = getattr(self, "_resume_into", None)
         config = self.config_init[self.subcommand]["trainer"]
         if folder is not None and folder.name.startswith("version_") and config["logger"] in (None, True):
-            from lightning.pytorch.loggers import TensorBoardLogger
-
+            warnings.filterwarnings("ignore", "Checkpoint directory .* exists and is not empty")  # that is the point
             version = folder.name.removeprefix("version_")
             kwargs["logger"] = TensorBoardLogger(folder.parent.parent, folder.parent.name, int(version))
         return super().instantiate_trainer(**kwargs)

@@ -1,14 +1,16 @@
 """Any `torch.optim.Optimizer` on the same tasks, starting points and minibatches: run, tune, compare.
 
 `rollout` is the one way in which an optimizer is evaluated, learned or not, and it knows nothing but
-`torch.optim.Optimizer`.
+`torch.optim.Optimizer`. What it returns becomes a `Result`: the statistics of tables, curves and CSV files.
 """
 
 from __future__ import annotations
 
+import csv
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,7 +23,7 @@ Batch = Mapping[str, Tensor]
 MakeOptimizer = Callable[[list[Tensor]], Optimizer]
 
 #: Half-decade grid from which tuning starts; it is widened while the best lies on its edge.
-GRID = tuple(sorted(m * 10.0**e for e in range(-3, 1) for m in (1.0, 3.0)))
+GRID = tuple(float(f"{m}e{e}") for e in range(-3, 1) for m in (1, 3))
 
 
 @dataclass(frozen=True)
@@ -30,18 +32,19 @@ class Baseline:
 
     Attributes:
         name: As in tables and log keys.
-        optimizer: An optimizer class that works on each coordinate by itself, since the tasks lie side by side
-            in one tensor.
+        optimizer: An optimizer class that works on each coordinate by itself, since the tasks lie side by
+            side in one tensor.
         options: Its other arguments.
     """
 
     name: str
-    optimizer: Callable[..., Optimizer]
+    optimizer: type[Optimizer]
     options: Mapping[str, Any] = field(default_factory=dict)
 
     def at(self, lr: float) -> MakeOptimizer:
         """The optimizer at a learning rate."""
-        return lambda params: self.optimizer(params, lr=lr, **self.options)
+        make: Callable[..., Optimizer] = self.optimizer
+        return lambda params: make(params, lr=lr, **self.options)
 
 
 BASELINES = (
@@ -52,7 +55,9 @@ BASELINES = (
 )
 
 
-def rollout(make_optimizer: MakeOptimizer, task: Task, batch: Batch, num_steps: int, device: torch.device) -> Tensor:
+def rollout(
+    make_optimizer: MakeOptimizer, task: Task, batch: Batch, num_steps: int, device: torch.device
+) -> Tensor:
     """Optimise the tasks of a batch side by side.
 
     Args:
@@ -67,7 +72,13 @@ def rollout(make_optimizer: MakeOptimizer, task: Task, batch: Batch, num_steps: 
 
     Raises:
         ValueError: The task's loss has the wrong shape, or is not finite at the start.
+        RuntimeError: Gradients cannot be had, since inference mode is on.
     """
+    if torch.is_inference_mode_enabled():
+        raise RuntimeError(
+            "an optimizer cannot run in inference mode, which allows no gradients; "
+            "use Trainer(inference_mode=False), or leave torch.inference_mode()"
+        )
     params, buffers = init_from_seeds(task, batch["seed"], device=device)
     leaves = {name: p.requires_grad_() for name, p in params.items()}
     optimizer = make_optimizer(list(leaves.values()))
@@ -96,12 +107,14 @@ class Tuned:
         lr: The best learning rate.
         final_loss: Its mean final loss on the tasks it was tuned on.
         tried: Learning rate -> mean final loss, of every point tried.
+        losses: `[num_steps + 1, num_tasks]` at the best learning rate, of this process' tasks.
     """
 
     baseline: Baseline
     lr: float
     final_loss: float
     tried: Mapping[float, float]
+    losses: Tensor = field(compare=False, repr=False)
 
 
 def tune(
@@ -117,6 +130,8 @@ def tune(
 ) -> Tuned:
     """Choose a learning rate by the mean final loss f_T(theta_T), as the paper does.
 
+    Of equally good ones it takes the smallest; so where every run diverges, it goes on to smaller ones.
+
     Args:
         baseline: What is tuned.
         task: What is optimised.
@@ -128,25 +143,123 @@ def tune(
         mean_over_ranks: Averages a number over the processes that share the tasks.
     """
     tried: dict[float, float] = {}
+    runs: dict[float, Tensor] = {}
 
-    def final_loss(lr: float) -> float:
-        runs = [rollout(baseline.at(lr), task, batch, num_steps, device)[-1] for batch in batches]
-        return float(mean_over_ranks(torch.cat(runs).mean()))
+    def attempt(lr: float) -> None:
+        make = baseline.at(lr)
+        runs[lr] = torch.cat([rollout(make, task, batch, num_steps, device) for batch in batches], 1)
+        tried[lr] = float(mean_over_ranks(runs[lr][-1].mean()))
+
+    def best() -> float:
+        return min(sorted(tried), key=lambda lr: tried[lr])
 
     for lr in grid:
-        tried[lr] = final_loss(lr)
+        attempt(lr)
     for _ in range(max_widenings):
-        rates = sorted(tried)
-        best = min(rates, key=lambda lr: tried[lr])
-        if best not in (rates[0], rates[-1]) or not math.isfinite(tried[best]):
+        if best() == min(tried):
+            attempt(_half_decade(best(), -1))
+        elif best() == max(tried):
+            attempt(_half_decade(best(), 1))
+        else:
             break
-        lr = _half_decade(best, -1 if best == rates[0] else 1)
-        tried[lr] = final_loss(lr)
-    best = min(sorted(tried), key=lambda lr: tried[lr])
-    return Tuned(baseline, best, tried[best], dict(sorted(tried.items())))
+    return Tuned(baseline, best(), tried[best()], dict(sorted(tried.items())), runs[best()])
 
 
 def _half_decade(lr: float, direction: int) -> float:
     """The next of ..., 0.1, 0.3, 1, 3, ... after `lr`."""
     half_decades = round(2 * math.log10(lr)) + direction
     return float(f"{(1, 3)[half_decades % 2]}e{half_decades // 2}")
+
+
+@dataclass(frozen=True)
+class Result:
+    """How an optimizer did on a set of tasks.
+
+    Attributes:
+        name: As in tables and log keys.
+        losses: `[num_steps + 1, num_tasks]`, float64 on the CPU, inf where a run diverged.
+        lr: Its learning rate; None where it has none to tune.
+    """
+
+    name: str
+    losses: Tensor
+    lr: float | None = None
+
+    @property
+    def mean(self) -> Tensor:
+        """Mean over the tasks, `[num_steps + 1]`; inf as soon as one of them has diverged."""
+        return self.losses.mean(1)
+
+    def quantile(self, q: float) -> Tensor:
+        """Quantile over the tasks, `[num_steps + 1]`."""
+        found = self.losses.quantile(q, 1)
+        # Interpolation makes nan of inf - inf and of 0 * inf: there the lower of the two neighbours is meant.
+        return torch.where(found.isnan(), self.losses.quantile(q, 1, interpolation="lower"), found)
+
+    @property
+    def final_loss(self) -> float:
+        """Mean over the tasks of f_T(theta_T)."""
+        return float(self.mean[-1])
+
+    @property
+    def final_median(self) -> float:
+        """Median over the tasks of f_T(theta_T)."""
+        return float(self.quantile(0.5)[-1])
+
+    @property
+    def final_standard_error(self) -> float:
+        """Standard error of `final_loss`; nan for a single task or where a run diverged."""
+        num_tasks = self.losses.shape[1]
+        return float(self.losses[-1].std()) / math.sqrt(num_tasks) if num_tasks > 1 else math.nan
+
+    @property
+    def diverged(self) -> float:
+        """Share of the runs that ended at a loss that is not finite."""
+        return 1 - float(self.losses[-1].isfinite().double().mean())
+
+
+def ratio(loss: float, reference: float) -> float:
+    """`loss / reference`; nan where there is nothing to relate to, since the reference is 0 or diverged."""
+    return loss / reference if reference and math.isfinite(reference) else math.nan
+
+
+def write_comparison(path: Path, results: Sequence[Result], reference: float) -> None:
+    """Write a CSV file with one row per optimizer.
+
+    Args:
+        path: Where.
+        results: The rows.
+        reference: Final loss to which "ratio" relates.
+    """
+    header = "optimizer,lr,final_loss,median,standard_error,diverged,ratio,num_tasks,num_steps".split(",")
+    rows = [
+        [r.name, "" if r.lr is None else r.lr, r.final_loss, r.final_median, r.final_standard_error, r.diverged]
+        + [ratio(r.final_loss, reference), r.losses.shape[1], len(r.losses) - 1]
+        for r in results
+    ]
+    _write_csv(path, header, rows)
+
+
+def write_curves(path: Path, results: Sequence[Result], quantiles: tuple[float, float]) -> None:
+    """Write a CSV file with one row per optimizer and inner step: mean and two quantiles over the tasks."""
+    columns = [(r.name, [r.mean.tolist(), *(r.quantile(q).tolist() for q in quantiles)]) for r in results]
+    rows = [
+        [name, step, *values]
+        for name, curves in columns
+        for step, values in enumerate(zip(*curves, strict=True))
+    ]
+    _write_csv(path, ["optimizer", "step", "mean", *(f"quantile_{q:g}" for q in quantiles)], rows)
+
+
+def write_predictions(path: Path, losses: Tensor) -> None:
+    """Write a CSV file with one row per task and inner step, from losses `[num_steps + 1, num_tasks]`."""
+    curves = losses.T.tolist()
+    rows = [[task, step, loss] for task, curve in enumerate(curves) for step, loss in enumerate(curve)]
+    _write_csv(path, ["task", "step", "loss"], rows)
+
+
+def _write_csv(path: Path, header: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(header)
+        writer.writerows(rows)

@@ -118,9 +118,7 @@ class MetaOptimizer(LightningModule):
             group["lr"] = self.lr
         if self.lr_scheduler is None:
             return optimizer
-        # `training_step` does not step it: manual optimization leaves that to `on_train_epoch_end`.
-        scheduler = {"scheduler": self.lr_scheduler(optimizer), "monitor": "val/final_loss", "strict": False}
-        return {"optimizer": optimizer, "lr_scheduler": scheduler}
+        return {"optimizer": optimizer, "lr_scheduler": self.lr_scheduler(optimizer)}
 
     def training_step(self, batch: Batch, batch_idx: int) -> None:
         """One episode, one outer step a truncation."""
@@ -157,7 +155,7 @@ class MetaOptimizer(LightningModule):
             )
 
     def on_train_epoch_end(self) -> None:
-        """Step the learning-rate schedule."""
+        """Step the learning-rate schedule: manual optimization leaves that to the module."""
         scheduler = self.lr_schedulers()
         if isinstance(scheduler, ReduceLROnPlateau):
             if "val/final_loss" in self.trainer.callback_metrics:

@@ -1,0 +1,86 @@
+"""Drawing: the learning curves of several optimizers on the same tasks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator, NullFormatter
+from numpy.typing import NDArray
+from torch import Tensor
+
+from lightning_l2l.comparison import Result
+
+#: Colours that people with any colour vision can tell apart (Okabe and Ito), strongest contrast first.
+COLOURS = ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000", "#999999")
+DASHES = ("-", (0, (5, 1.5)), (0, (3, 1.2, 1, 1.2)), (0, (1, 1)), (0, (6, 1.2, 1, 1.2, 1, 1.2)))
+
+
+def learning_curves(results: Sequence[Result], title: str, quantiles: tuple[float, float]) -> Figure:
+    """Draw the loss by inner step: a line for the mean over the tasks, a band between two quantiles.
+
+    The first result is the one that the others are compared with and stands out. The axis follows the means; a
+    curve that leaves it has diverged.
+
+    Args:
+        results: What is drawn.
+        title: Title.
+        quantiles: Lower and upper end of the band, in [0, 1].
+
+    Returns:
+        A figure that no window system knows of.
+    """
+    figure = Figure(figsize=(6.4, 4.2), dpi=150)
+    axes = figure.add_axes((0.105, 0.115, 0.865, 0.815))  # an automatic layout would draw everything twice
+    axes.set_yscale("log")
+    low, high = _limits(results)
+    for k, result in enumerate(results):
+        steps = np.arange(len(result.losses))
+        curves = result.mean, *(result.quantile(q) for q in quantiles)
+        mean, lower, upper = (_within(curve, low, high) for curve in curves)
+        look: dict[str, Any] = {"color": COLOURS[k % len(COLOURS)], "linestyle": DASHES[k % len(DASHES)]}
+        front = (len(results) - k) / 100
+        axes.fill_between(
+            steps, lower, upper, color=look["color"], alpha=0.06 if k else 0.18, linewidth=0, zorder=1 + front
+        )
+        for edge in (lower, upper):
+            axes.plot(steps, edge, **look, linewidth=0.6, alpha=0.5, zorder=2 + front)
+        axes.plot(steps, mean, **look, linewidth=1.6 if k else 2.4, label=_label(result), zorder=3 + front)
+    axes.set_ylim(low, high)
+    axes.set_xlim(0, max(len(result.losses) for result in results) - 1)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.yaxis.set_minor_formatter(NullFormatter())
+    axes.set_title(title, fontsize="medium", loc="left")
+    axes.set_xlabel("Inner step")
+    axes.set_ylabel("Loss")
+    axes.grid(True, which="major", color="0.9", linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False, fontsize="small", loc="upper right")
+    return figure
+
+
+def _label(result: Result) -> str:
+    rate = "" if result.lr is None else f", lr {result.lr:g}"
+    return f"{result.name}{rate}" + (f" ({result.diverged:.0%} diverged)" if result.diverged else "")
+
+
+def _limits(results: Sequence[Result]) -> tuple[float, float]:
+    """Ends of the loss axis: room for the means, and not much more for those that explode."""
+    means = np.concatenate([result.mean.numpy() for result in results])
+    shown = means[np.isfinite(means) & (means > 0)]
+    starts = np.array([float(result.mean[0]) for result in results])
+    starts = starts[np.isfinite(starts) & (starts > 0)]
+    if not shown.size:
+        return 0.1, 10.0
+    high = min(shown.max(), 3 * starts.max()) if starts.size else shown.max()
+    low = min(shown.min(), high)
+    return float(low / 4), float(high * 1.5)
+
+
+def _within(values: Tensor, low: float, high: float) -> NDArray[np.float64]:
+    """A curve for a log axis: kept within a decade of the axis, with a gap where it has no logarithm."""
+    clipped = np.clip(values.numpy(), low / 10, high * 10)
+    return np.where(values.numpy() > 0, clipped, np.nan)

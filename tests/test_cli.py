@@ -1,0 +1,241 @@
+"""The real command line, in this process and in one of its own."""
+
+import csv
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from lightning.pytorch.cli import LightningCLI
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from lightning_l2l import LearnedOptimizer, load_rule, main
+
+ROOT = Path(__file__).parents[1]
+CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
+
+TINY = [
+    "--model.num_steps=6",
+    "--model.unroll_length=3",
+    "--model.rule.hidden_size=3",
+    "--data.num_tasks=4",
+    "--data.num_val_tasks=4",
+    "--data.num_test_tasks=6",
+    "--trainer.accelerator=cpu",
+    "--trainer.enable_progress_bar=false",
+]
+TINY_FIT = [*TINY, "--data.episodes_per_epoch=2", "--trainer.max_epochs=2", "--trainer.log_every_n_steps=1"]
+
+
+@pytest.fixture(autouse=True)
+def in_tmp_path(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["lightning-l2l"])  # LightningCLI minds arguments beside main's own
+    return tmp_path
+
+
+def run(name="version_0"):
+    return Path("lightning_logs") / name
+
+
+def test_fit_then_validate_test_predict(capsys):
+    main(["fit", *TINY_FIT])
+    assert {p.name for p in (run() / "checkpoints").iterdir()} == {"best.ckpt", "last.ckpt"}
+    assert (run() / "config.yaml").is_file()
+    told = capsys.readouterr().out
+    for name in ("adam", "rmsprop", "sgd", "nag"):
+        assert name in told.lower()
+    best = run() / "checkpoints" / "best.ckpt"
+    assert f"--ckpt_path {best}" in told and "tensorboard --logdir" in told
+    rule = load_rule(best)
+    LearnedOptimizer(torch.nn.Linear(2, 1).parameters(), rule)
+
+    main(["validate", *TINY, f"--ckpt_path={best}"])
+    main(["test", *TINY, f"--ckpt_path={best}"])
+    assert "nag" in capsys.readouterr().out.lower()
+    (folder,) = [p.parent for p in Path().rglob("comparison.csv")]
+    assert {"comparison.csv", "curves.csv", "curves.png"} <= {p.name for p in folder.iterdir()}
+
+    main(["predict", *TINY, f"--ckpt_path={best}"])
+    (table,) = Path().rglob("predictions.csv")
+    rows = list(csv.DictReader(table.open()))
+    assert len(rows) == 6 * 7 and {"task", "step", "loss"} <= rows[0].keys()
+
+
+def test_the_printed_test_command_works(capsys):
+    main(["fit", *TINY_FIT])
+    (command,) = [line for line in capsys.readouterr().out.splitlines() if "lightning_l2l test" in line]
+    main([*command.split("lightning_l2l ")[1].split(), "--trainer.enable_progress_bar=false"])
+    assert list(Path().rglob("comparison.csv"))
+
+
+def test_the_checkpoint_says_what_model_it_is():
+    main(["fit", *TINY_FIT])
+    data = [flag for flag in TINY if "--model" not in flag]
+    main(["predict", *data, f"--ckpt_path={run() / 'checkpoints' / 'best.ckpt'}"])
+    (table,) = Path().rglob("predictions.csv")
+    assert len(list(csv.DictReader(table.open()))) == 6 * 7
+
+
+def scalars(folder):
+    events = EventAccumulator(str(folder))
+    events.Reload()
+    return events
+
+
+def test_tensorboard_holds_the_run_against_outer_steps():
+    main(["fit", *TINY_FIT])
+    events = scalars(run())
+    tags = events.Tags()["scalars"]
+    assert {"train/meta_loss", "train/meta_gradient_norm", "train/skipped", "val/final_loss", "val/meta_loss"} <= set(tags)
+    # 2 epochs of 2 episodes of 2 truncations: an episode ends at outer step 2, 4, 6, 8, an epoch at 4 and 8
+    assert [e.step for e in events.Scalars("train/meta_loss")] == [2, 4, 6, 8]
+    assert [e.step for e in events.Scalars("val/final_loss")] == [4, 8]
+    assert events.Tags()["images"]
+
+
+def test_last_continues_in_the_same_folder_bit_for_bit():
+    main(["fit", *TINY_FIT, "--trainer.max_epochs=4"])
+    main(["fit", *TINY_FIT, "--trainer.default_root_dir=other"])
+    main(["fit", *TINY_FIT, "--trainer.default_root_dir=other", "--trainer.max_epochs=4", "--ckpt_path=last"])
+    assert [p.name for p in Path("other/lightning_logs").iterdir()] == ["version_0"]
+    ends = [
+        torch.load(folder / "version_0/checkpoints/last.ckpt", weights_only=True)
+        for folder in (Path("lightning_logs"), Path("other/lightning_logs"))
+    ]
+    assert ends[0]["global_step"] == ends[1]["global_step"] == 16
+    for name, weight in ends[0]["state_dict"].items():
+        assert torch.equal(weight, ends[1]["state_dict"][name])
+    steps = [e.step for e in scalars("other/lightning_logs/version_0").Scalars("val/final_loss")]
+    assert steps == [4, 8, 12, 16]
+
+
+def mnist(root, *flags):
+    return [
+        "--config",
+        str(ROOT / "configs" / "mnist.yaml"),
+        f"--data.root={root}",
+        "--data.batch_size=16",
+        "--data.eval_tasks=2",
+        "--data.num_val_tasks=2",
+        "--data.num_test_tasks=2",
+        "--model.num_steps=4",
+        "--model.unroll_length=2",
+        "--model.rule.hidden_size=3",
+        "--trainer.accelerator=cpu",
+        "--trainer.enable_progress_bar=false",
+        "--trainer.log_every_n_steps=1",
+        *flags,
+    ]
+
+
+def test_mnist_recipe(mnist_root):
+    main(["fit", *mnist(mnist_root, "--data.episodes_per_epoch=2", "--trainer.max_epochs=1")])
+    main(["test", *mnist(mnist_root, f"--ckpt_path={run() / 'checkpoints' / 'best.ckpt'}")])
+    (table,) = Path().rglob("comparison.csv")
+    assert len(list(csv.reader(table.open()))) >= 6
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda p: p.stem)
+def test_every_recipe_fits_the_signatures(config, monkeypatch):
+    monkeypatch.setattr(LightningCLI, "_run_subcommand", lambda self, command: None)
+    for command in ("fit", "test"):
+        main([command, "--config", str(config), "--trainer.accelerator=cpu"])
+
+
+def test_the_recipe_of_the_quadratics_is_the_default():
+    import yaml
+
+    from lightning_l2l.cli import DEFAULTS, TRAINER_DEFAULTS
+
+    recipe = yaml.safe_load((ROOT / "configs" / "quadratic.yaml").read_text())
+    assert recipe["model"]["task"] == DEFAULTS["model.task"]
+    assert recipe["model"]["rule"]["init_args"].items() >= DEFAULTS["model.rule"]["init_args"].items()
+    assert recipe["data"] == DEFAULTS["data"]
+    assert recipe["trainer"].items() <= TRAINER_DEFAULTS.items()
+    assert recipe["model"]["lr"] == DEFAULTS["model.lr"]
+
+
+def shell(*arguments, **options):
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "lightning_l2l", *map(str, arguments)]
+    return subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options
+    )
+
+
+def fails(*arguments):
+    process = shell(*arguments)
+    _, told = process.communicate(timeout=120)
+    assert process.returncode not in (0, None)
+    assert "Traceback" not in told, told
+    return told
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("trained")
+    before = Path.cwd()
+    os.chdir(folder)
+    try:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(sys, "argv", ["lightning-l2l"])
+            main(["fit", *TINY_FIT])
+    finally:
+        os.chdir(before)
+    return folder / "lightning_logs/version_0/checkpoints/best.ckpt"
+
+
+def test_bad_input_gets_one_line_with_value_and_remedy(trained, mnist_root, tmp_path):
+    damaged = tmp_path / "damaged.ckpt"
+    damaged.write_bytes(trained.read_bytes()[:500])
+    (tmp_path / "bad.yaml").write_text("model:\n  num_stepz: 5\n")
+    (tmp_path / "class.yaml").write_text("model:\n  rule:\n    class_path: lightning_l2l.CoordinatewiseGRU\n")
+    half = tmp_path / "half/MNIST/raw"
+    half.mkdir(parents=True)
+    for file in (Path(mnist_root) / "MNIST/raw").iterdir():
+        content = file.read_bytes()
+        (half / file.name).write_bytes(content[: len(content) // 2] if "train-images" in file.name else content)
+    absent = mnist(tmp_path / "absent", "--data.download=false")
+    for arguments, told in [
+        (["fit", "--model.unroll_length=30"], "use 1, 2, 4, 5, 10, 20, 25, 50 or 100"),
+        (["fit", "--data.num_tasks=0"], "num_tasks=0"),
+        (["fit", "--model.num_steps=-5"], "num_steps=-5"),
+        (["fit", "--model.rule.p=0"], "p=0"),
+        (["fit", "--model.num_stepz=5"], "num_stepz"),
+        (["fit", "--config=bad.yaml"], "num_stepz"),
+        (["fit", "--config=class.yaml"], "CoordinatewiseGRU"),
+        (["fit", "--ckpt_path=nowhere.ckpt"], "nowhere.ckpt"),
+        (["fit", "--ckpt_path=last"], "no checkpoints/last.ckpt"),
+        (["test", *TINY, f"--ckpt_path={damaged}"], "damaged"),
+        (["test", *TINY, "--model.rule.hidden_size=4", f"--ckpt_path={trained}"], "--model.rule.hidden_size 3"),
+        (["test", *TINY, "--trainer.inference_mode=true", f"--ckpt_path={trained}"], "inference_mode=False"),
+        (["fit", *absent], "train-images"),
+        (["fit", *mnist(half.parents[1], "--data.download=false")], "train-images"),
+    ]:
+        error = fails(*arguments)
+        (line,) = [row for row in error.splitlines() if "error: " in row]
+        assert told in line or told in error.split("error: ")[1], (arguments, error)
+
+
+def test_ctrl_c_ends_cleanly_and_last_goes_on():
+    flags = [*TINY, "--data.episodes_per_epoch=5", "--trainer.max_epochs=100000"]
+    process = shell("fit", *flags)
+    deadline = time.monotonic() + 100
+    while not (run() / "checkpoints" / "last.ckpt").is_file():
+        assert time.monotonic() < deadline and process.poll() is None, process.communicate()
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert "Traceback" not in err, err
+    assert "go on with" in out + err
+    stopped = torch.load(run() / "checkpoints" / "last.ckpt", weights_only=True)
+    assert stopped["global_step"] > 0 and stopped["global_step"] % 2 == 0
+    epochs = stopped["epoch"] + 2
+    main(["fit", *flags, f"--trainer.max_epochs={epochs}", "--ckpt_path=last"])
+    resumed = torch.load(run() / "checkpoints" / "last.ckpt", weights_only=True)
+    assert resumed["global_step"] == epochs * 5 * 2

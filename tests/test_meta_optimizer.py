@@ -1,0 +1,213 @@
+import copy
+
+import pytest
+import torch
+from lightning.pytorch import Trainer
+
+from lightning_l2l import CoordinatewiseLSTM, MetaOptimizer, Quadratic, QuadraticDataModule
+from lightning_l2l.unroll import Unroll
+
+
+def make(**arguments):
+    torch.manual_seed(0)
+    rule = CoordinatewiseLSTM(hidden_size=4)
+    return MetaOptimizer(Quadratic(3), rule, **{"num_steps": 6, "unroll_length": 3, **arguments})
+
+
+def data(**arguments):
+    sizes = {"num_tasks": 4, "dim": 3, "episodes_per_epoch": 3, "num_val_tasks": 6, "num_test_tasks": 6}
+    return QuadraticDataModule(**{**sizes, **arguments})
+
+
+@pytest.fixture
+def trainer(tmp_path):
+    def build(**arguments):
+        defaults = {
+            "max_epochs": 2,
+            "accelerator": "cpu",
+            "logger": False,
+            "enable_checkpointing": False,
+            "enable_progress_bar": False,
+            "enable_model_summary": False,
+            "inference_mode": False,
+            "default_root_dir": tmp_path,
+            "log_every_n_steps": 1,
+        }
+        return Trainer(**{**defaults, **arguments})
+
+    return build
+
+
+def test_a_training_step_is_an_episode_with_an_outer_step_a_truncation(trainer):
+    module, fit = make(lr=0.01), trainer(max_epochs=1, limit_val_batches=0)
+    by_hand = copy.deepcopy(module.rule)
+    fit.fit(module, data())
+    assert fit.global_step == 3 * 2
+
+    datamodule = data()
+    datamodule.setup()
+    adam, unroll = torch.optim.Adam(by_hand.parameters(), lr=0.01), Unroll(Quadratic(3), by_hand)
+    for batch in datamodule.train_dataloader():
+        episode, total = unroll.start(batch), 0.0
+        for _ in range(2):
+            adam.zero_grad()
+            truncation = unroll.run(episode, 3)
+            truncation.meta_loss.backward()
+            adam.step()
+            total += truncation.losses.mean(1).sum().item()
+    for a, b in zip(module.rule.parameters(), by_hand.parameters(), strict=True):
+        assert torch.equal(a, b)
+    assert fit.callback_metrics["train/meta_loss"].item() == pytest.approx(total)
+
+
+def test_validation_figures_are_means_over_all_tasks(trainer):
+    module, datamodule = make(), data(eval_tasks=4)  # 6 tasks: a batch of 4 and one of 2
+    (found,) = trainer().validate(module, datamodule, verbose=False)
+    losses = torch.cat([module.evaluate(batch) for batch in datamodule.val_dataloader()], 1)
+    assert losses.shape == (7, 6)
+    assert found["val/final_loss"] == pytest.approx(losses[6].mean().item())
+    assert found["val/meta_loss"] == pytest.approx(losses[1:].sum(0).mean().item())
+
+
+def test_a_diverged_task_makes_the_figures_infinite(trainer, monkeypatch):
+    module = make()
+    monkeypatch.setattr(module, "evaluate", lambda batch: torch.tensor([[1.0, 1.0], [1.0, torch.inf]]))
+    (found,) = trainer().validate(module, data(), verbose=False)
+    assert found["val/final_loss"] == float("inf")
+
+
+def test_optimizees_are_not_registered():
+    from lightning_l2l.tasks import MLP, NetworkTask
+
+    module = MetaOptimizer(NetworkTask(MLP(5, 4)), CoordinatewiseLSTM(hidden_size=4))
+    assert all(name.startswith("rule.") for name in module.state_dict())
+    assert all(name.startswith("rule.") for name, _ in module.named_parameters())
+
+
+def test_scheduler_and_optimizer_are_configurable(trainer):
+    module = make(
+        lr=0.5,
+        optimizer=torch.optim.SGD,
+        lr_scheduler=lambda optimizer: torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.1),
+        gradient_clip=1e-12,
+    )
+    before = [p.detach().clone() for p in module.rule.parameters()]
+    fit = trainer()
+    fit.fit(module, data())
+    (optimizer,) = fit.optimizers
+    assert isinstance(optimizer, torch.optim.SGD)
+    assert optimizer.param_groups[0]["lr"] == pytest.approx(0.5 * 0.1**2)
+    for a, b in zip(before, module.rule.parameters(), strict=True):  # the clip left nothing to move by
+        torch.testing.assert_close(a, b.detach(), atol=1e-10, rtol=0)
+
+
+def test_plateau_scheduler_watches_the_validation(trainer):
+    module = make(
+        lr_scheduler=lambda optimizer: torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, patience=0, threshold=1e9)
+    )
+    fit = trainer(max_epochs=3)
+    fit.fit(module, data())
+    assert fit.optimizers[0].param_groups[0]["lr"] == pytest.approx(0.003 * 0.01)
+
+
+class Diverging(Quadratic):
+    """Finite at the start, no number afterwards."""
+
+    def loss(self, params, batch, step):
+        return super().loss(params, batch, step) * (1.0 if step == 0 else float("nan"))
+
+
+def test_nonfinite_meta_gradients_are_skipped_counted_and_stop_the_run(trainer):
+    module = make(max_skipped=6)
+    module.task = module.unroll.task = Diverging(3)
+    before = [p.detach().clone() for p in module.rule.parameters()]
+    fit = trainer(limit_val_batches=0)
+    with pytest.raises(RuntimeError, match="6 outer steps in a row.*--model.lr"):
+        fit.fit(module, data())
+    assert fit.global_step == 0 and module.skipped == 6
+    for a, b in zip(before, module.rule.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_a_finite_meta_gradient_ends_the_row():
+    module = make(max_skipped=2)
+    optimizer = torch.optim.SGD(module.rule.parameters(), lr=0.0)
+    for finite in (False, True, False, True, False):
+        module._outer_step(optimizer, finite)
+    assert module.skipped == 3
+    with pytest.raises(RuntimeError):
+        module._outer_step(optimizer, False)
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ({"num_steps": 100, "unroll_length": 30}, "unroll_length=30 does not divide num_steps=100; use 1, 2, .*50 or 100"),
+        ({"num_steps": 7, "unroll_length": 3}, "use 1 or 7"),
+        ({"num_steps": 0}, "num_steps=0"),
+        ({"unroll_length": -2}, "unroll_length=-2"),
+        ({"lr": 0.0}, "lr=0.0"),
+        ({"lr": float("nan")}, "lr=nan"),
+        ({"gradient_clip": -1.0}, "gradient_clip=-1.0"),
+        ({"max_skipped": 0}, "max_skipped=0"),
+        ({"memory_budget": 0}, "memory_budget=0"),
+    ],
+)
+def test_bad_arguments(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        make(**arguments)
+
+
+def test_inference_mode_is_explained(trainer):
+    with pytest.raises(RuntimeError, match=r"Trainer\(inference_mode=False\)"):
+        trainer(inference_mode=True).validate(make(), data())
+
+
+def test_checkpoint_is_plain_and_loads_by_itself(trainer, tmp_path):
+    module, fit = make(lr=0.02), trainer()
+    fit.fit(module, data())
+    fit.save_checkpoint(tmp_path / "x.ckpt")
+    content = torch.load(tmp_path / "x.ckpt", weights_only=True)
+    assert content["hyper_parameters"]["rule"]["init_args"]["hidden_size"] == 4
+    loaded = MetaOptimizer.load_from_checkpoint(tmp_path / "x.ckpt", weights_only=True)
+    assert isinstance(loaded.task, Quadratic) and loaded.task.dim == 3
+    assert (loaded.num_steps, loaded.unroll_length, loaded.lr) == (6, 3, 0.02)
+    for a, b in zip(module.rule.parameters(), loaded.rule.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize(
+    "other, remedy",
+    [
+        (lambda: CoordinatewiseLSTM(hidden_size=5), "--model.rule.hidden_size 4"),
+        (lambda: CoordinatewiseLSTM(hidden_size=4, output_scale=1.0), "--model.rule.output_scale 0.1"),
+    ],
+)
+def test_the_checkpoint_of_another_rule_is_refused(trainer, tmp_path, other, remedy):
+    module, fit = make(), trainer(max_epochs=1)
+    fit.fit(module, data())
+    fit.save_checkpoint(tmp_path / "x.ckpt")
+    changed = MetaOptimizer(Quadratic(3), other(), num_steps=6, unroll_length=3)
+    with pytest.raises(ValueError, match=remedy):
+        trainer().test(changed, data(), ckpt_path=tmp_path / "x.ckpt", weights_only=True)
+
+
+@pytest.mark.parametrize("stop_after", [1, 3, 4])
+def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(trainer, tmp_path, stop_after):
+    from lightning.pytorch import Callback
+
+    class Stop(Callback):
+        def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+            if trainer.global_step == 2 * stop_after:
+                trainer.save_checkpoint(tmp_path / "x.ckpt")
+                raise InterruptedError
+
+    straight = make()
+    trainer(max_epochs=3).fit(straight, data())
+    with pytest.raises(InterruptedError):
+        trainer(max_epochs=3, callbacks=[Stop()]).fit(make(), data())
+    resumed, fit = make(), trainer(max_epochs=3)
+    fit.fit(resumed, data(), ckpt_path=tmp_path / "x.ckpt", weights_only=True)
+    assert fit.global_step == 18
+    for a, b in zip(straight.rule.parameters(), resumed.rule.parameters(), strict=True):
+        assert torch.equal(a, b)
