@@ -1,7 +1,355 @@
-"""Placeholder while this file is being written."""
+"""What a run shows: learning curves in TensorBoard, tables on the console, CSV files and a plot."""
 
-from lightning.pytorch import Callback
+from __future__ import annotations
+
+import copy
+import shlex
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import CombinedLoader
+from lightning.pytorch.utilities.model_helpers import is_overridden
+from lightning.pytorch.utilities.seed import isolate_rng
+from matplotlib.figure import Figure
+from tensorboard.compat.proto.event_pb2 import Event, SessionLog  # type: ignore[import-untyped]
+from torch import Tensor, distributed
+from torch.utils.data import DataLoader
+from torch.utils.tensorboard import SummaryWriter
+
+from lightning_l2l.comparison import (
+    Baseline,
+    Batch,
+    Result,
+    Tuned,
+    find_baselines,
+    rollout,
+    tune,
+    write_comparison,
+    write_curves,
+    write_predictions,
+)
+from lightning_l2l.figures import learning_curves
+from lightning_l2l.tables import best_final_loss, comparison_table, print_table, summary_table
+from lightning_l2l.tasks import Task
+
+#: Name of the rule in tables, log keys and files.
+LEARNED = "learned"
+MONITOR = "val/final_loss"
 
 
 class LearningCurves(Callback):
-    """Placeholder."""
+    """Compares the rule with hand-designed optimizers whose learning rates are tuned on the validation tasks.
+
+    All run on the same tasks, starting points and minibatches, and by the same function. Learning rates are
+    tuned once, at the first validation (as a rule the sanity check, before training), by the mean final loss
+    over all validation tasks. Then:
+
+    * validation, in TensorBoard: the figure `val/learning_curves` against the number of *outer steps*, and a
+      run per optimizer under `curves/`, whose scalar `val/loss_by_inner_step` overlays in one chart; that of
+      the rule is always from the newest validation. Logs `val/<name>/final_loss` of the baselines.
+    * end of `fit`: a table with the best checkpoint's final loss, and the commands to type next.
+    * `test`: a table, `comparison.csv`, `curves.csv` and `curves.png` in the log folder; logs
+      `test/<name>/final_loss`.
+    * `predict`: `predictions.csv` in the log folder.
+
+    It works with modules that have `task` and `num_steps` and whose validation, test and predict steps return
+    `{"losses": Tensor[num_steps + 1, num_tasks]}`. Under `fast_dev_run` no file is written.
+
+    Args:
+        baselines: Names of built-in ones, or `Baseline`s, in YAML
+            `{name: adamw, optimizer: torch.optim.AdamW, options: {weight_decay: 0.1}}`.
+        quantiles: Over the tasks, lower and upper end of the band around a curve.
+        every_n_epochs: Number of *epochs* between figures; the last epoch always has one.
+        test_command: Command to which the table at the end of `fit` appends the checkpoint.
+
+    Raises:
+        ValueError: An unknown or repeated baseline, or an argument out of range.
+    """
+
+    def __init__(
+        self,
+        baselines: Sequence[str | Baseline] = ("adam", "rmsprop", "sgd", "nag"),
+        quantiles: tuple[float, float] = (0.1, 0.9),
+        every_n_epochs: int = 1,
+        test_command: str | None = None,
+    ) -> None:
+        self.baselines = find_baselines(baselines, reserved=(LEARNED,))
+        if len(quantiles) != 2 or not 0 <= quantiles[0] < quantiles[1] <= 1:
+            raise ValueError(f"quantiles={quantiles} are no lower and upper one in [0, 1]; use (0.1, 0.9)")
+        if every_n_epochs < 1:
+            raise ValueError(f"every_n_epochs={every_n_epochs} is no number of epochs; use 1 or more")
+        self.quantiles = (quantiles[0], quantiles[1])
+        self.every_n_epochs = every_n_epochs
+        self.test_command_prefix = test_command or "python -m lightning_l2l test"
+        self._loaders: Any = []  # of the last validation
+        self._reset()
+
+    def _reset(self) -> None:
+        self.tuned: list[Tuned] = []
+        self.results: list[Result] = []  # of the last validation or test, the rule's first
+        self._num_tuning_tasks = 0
+        self._losses: dict[str, list[Tensor]] = {}  # of the batches since the loop started
+        self._baseline_results: list[Result] = []
+        self._learned_writers: dict[str, SummaryWriter] = {}
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Forget an earlier run, whose tasks may have been others."""
+        self._reset()
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Close the event files."""
+        for writer in self._learned_writers.values():
+            writer.close()
+
+    # Validation
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Tune the baselines, the first time."""
+        self._losses = {LEARNED: []}
+        self._loaders = trainer.val_dataloaders
+        if self.baselines and not self.tuned:
+            self._tune(trainer, pl_module, self._loaders)
+            for tuned in self.tuned:
+                result = Result(tuned.baseline.name, _gather(trainer, tuned.losses), tuned.lr)
+                self._baseline_results.append(result)
+                for logger in _tensorboards(trainer):
+                    with SummaryWriter(str(_curve_folder(logger, result.name)), purge_step=0) as writer:
+                        _write_curve(writer, result)
+
+    def on_validation_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Collect the rule's losses."""
+        if not trainer.sanity_checking:  # that one sees a few batches only
+            self._losses[LEARNED].append(outputs["losses"])
+
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Show the curves."""
+        if not self._losses[LEARNED]:
+            return
+        learned = Result(LEARNED, _gather(trainer, torch.cat(self._losses[LEARNED], 1)))
+        self.results = [learned, *self._baseline_results]
+        for result in self._baseline_results:
+            pl_module.log(f"val/{result.name}/final_loss", result.final_loss, sync_dist=True)
+        for logger in _tensorboards(trainer):
+            self._show(trainer, logger)
+
+    def _show(self, trainer: Trainer, logger: TensorBoardLogger) -> None:
+        folder = str(_curve_folder(logger, LEARNED))
+        if folder not in self._learned_writers:
+            self._learned_writers[folder] = SummaryWriter(folder, purge_step=0)
+        _write_curve(self._learned_writers[folder], self.results[0])
+        done, last = trainer.current_epoch + 1, trainer.max_epochs
+        if trainer.state.fn != TrainerFn.FITTING or done % self.every_n_epochs == 0 or done == last:
+            figure = self._draw("validation")
+            logger.experiment.add_figure("val/learning_curves", figure, trainer.global_step)
+
+    def _draw(self, stage: str) -> Figure:
+        low, high = (f"{100 * q:g}" for q in self.quantiles)
+        tasks = _count(self.results[0].losses.shape[1], f"{stage} task")
+        title = f"{tasks}: mean, and band from the {low} % to the {high} % quantile"
+        return learning_curves(self.results, title, self.quantiles)
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Print how the rule compares, and what to type next."""
+        if not self.results or not trainer.is_global_zero:
+            return
+        if trainer.progress_bar_callback is not None:  # else rich's bar would stay below what follows
+            trainer.progress_bar_callback.teardown(trainer, pl_module, "fit")
+        checkpoint = _best_checkpoint(trainer)
+        best = None if checkpoint is None else checkpoint.best_model_score
+        print_table(summary_table(self.results, None if best is None else float(best)))
+        if checkpoint is not None:
+            path = shlex.quote(_shown(checkpoint.best_model_path))
+            print(f"Compare on test tasks:  {self.test_command_prefix} --ckpt_path {path}")
+        for logger in _tensorboards(trainer)[:1]:
+            print(f"Look at the curves:     tensorboard --logdir {shlex.quote(_shown(logger.log_dir))}")
+
+    # Test
+
+    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Tune the baselines on the validation tasks."""
+        if self.baselines and not self.tuned:
+            # Without a datamodule Lightning knows of none here: then those of the last validation.
+            given = trainer.datamodule, pl_module  # type: ignore[attr-defined]
+            sources = [s for s in given if s and is_overridden("val_dataloader", s)]
+            self._tune(trainer, pl_module, sources[0].val_dataloader() if sources else self._loaders)
+        self._losses = {name: [] for name in (LEARNED, *(b.name for b in self.baselines))}
+
+    def on_test_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Run the baselines on the batch that the rule has been run on."""
+        self._losses[LEARNED].append(outputs["losses"])
+        task, num_steps = _setting(pl_module)
+        for tuned in self.tuned:
+            losses = rollout(tuned.baseline.at(tuned.lr), task, batch, num_steps, pl_module.device)
+            self._losses[tuned.baseline.name].append(losses)
+
+    def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Print the table and write the files."""
+        if not self._losses[LEARNED]:
+            return
+        rates = {LEARNED: None, **{t.baseline.name: t.lr for t in self.tuned}}
+        self.results = [
+            Result(name, _gather(trainer, torch.cat(losses, 1)), rates[name])
+            for name, losses in self._losses.items()
+        ]
+        for result in self.results:
+            pl_module.log(f"test/{result.name}/final_loss", result.final_loss, sync_dist=True)
+        folder = _folder(trainer)
+        if trainer.is_global_zero:
+            print_table(comparison_table(self.results, self.tuned, self._num_tuning_tasks))
+            if _writes(trainer):
+                write_comparison(folder / "comparison.csv", self.results, best_final_loss(self.results[1:]))
+                write_curves(folder / "curves.csv", self.results, self.quantiles)
+                self._draw("test").savefig(folder / "curves.png")
+                print(f"Written to {_shown(folder)}: comparison.csv, curves.csv, curves.png")
+
+    # Predict
+
+    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Start collecting."""
+        self._losses = {LEARNED: []}
+
+    def on_predict_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Collect the rule's losses."""
+        self._losses[LEARNED].append(outputs["losses"])
+
+    def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write them."""
+        if not self._losses[LEARNED]:
+            return
+        losses = _gather(trainer, torch.cat(self._losses[LEARNED], 1))
+        path = _folder(trainer) / "predictions.csv"
+        if _writes(trainer):
+            write_predictions(path, losses)
+            print(f"Written: {_shown(path)}, {_count(losses.shape[1], 'task')} x {len(losses)} losses")
+
+    # Tuning
+
+    def _tune(self, trainer: Trainer, pl_module: LightningModule, loaders: Any) -> None:
+        task, num_steps = _setting(pl_module)
+        with isolate_rng():  # training goes on as if nothing had been tuned
+            batches = list(_batches(trainer, loaders))
+            if not batches:
+                raise ValueError(
+                    "the hand-designed optimizers are tuned on validation tasks, and there are none; give "
+                    "the Trainer a datamodule with val_dataloader and limit_val_batches above 0, or use "
+                    "LearningCurves(baselines=[])"
+                )
+            counted = torch.tensor(sum(len(batch["seed"]) for batch in batches), device=pl_module.device)
+            self._num_tuning_tasks = int(trainer.strategy.reduce(counted, reduce_op="sum"))
+            tasks = _count(self._num_tuning_tasks, "validation task")
+            names = ", ".join(b.name for b in self.baselines)
+            pl_module.print(f"Tuning the learning rates of {names} on {tasks}, {num_steps} steps each ...")
+            start = time.monotonic()
+            self.tuned = [
+                tune(
+                    baseline,
+                    task,
+                    batches,
+                    num_steps,
+                    pl_module.device,
+                    mean_over_ranks=lambda x: cast(Tensor, trainer.strategy.reduce(x, reduce_op="mean")),
+                )
+                for baseline in self.baselines
+            ]
+        found = ", ".join(f"{t.baseline.name} {t.lr:g}" for t in self.tuned)
+        pl_module.print(f"Tuned in {time.monotonic() - start:.1f} s: {found}")
+
+
+def _setting(pl_module: LightningModule) -> tuple[Task, int]:
+    return cast(Task, pl_module.task), cast(int, pl_module.num_steps)
+
+
+def _best_checkpoint(trainer: Trainer) -> ModelCheckpoint | None:
+    for callback in trainer.checkpoint_callbacks:
+        if isinstance(callback, ModelCheckpoint) and callback.monitor == MONITOR and callback.best_model_path:
+            return callback
+    return None
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
+def _gather(trainer: Trainer, losses: Tensor) -> Tensor:
+    """Losses of the tasks of all processes, in the order of the tasks: process r of R has r, r + R, ..."""
+    parts = [losses]
+    if trainer.world_size > 1:  # not by the strategy: it calls what torch 2.13 says is deprecated
+        parts = [torch.empty_like(losses) for _ in range(trainer.world_size)]
+        distributed.all_gather(parts, losses.contiguous())
+    together = torch.stack(parts, 2).flatten(1).cpu().double()  # [num_steps + 1, num_tasks]
+    return together.masked_fill(~together.isfinite(), torch.inf)
+
+
+def _batches(trainer: Trainer, loaders: Any) -> Iterator[Batch]:
+    """This process' batches on its device, as many of them as validation has."""
+    for index, loader in enumerate(CombinedLoader(loaders, "sequential").flattened):
+        share = trainer.limit_val_batches  # a float is one of all batches, an int a number of them
+        limit = share if isinstance(share, int) else None if share == 1 else int(share * len(loader))
+        for batch in islice(_independent(loader), limit):
+            converted = trainer.precision_plugin.convert_input(batch)
+            yield trainer.strategy.batch_to_device(converted, dataloader_idx=index)
+
+
+def _independent(loader: Iterable[Any]) -> Iterable[Any]:
+    """The loader with workers of its own: persistent ones serve one iteration at a time, here Lightning's."""
+    if not isinstance(loader, DataLoader):
+        return loader
+    own = copy.copy(loader)
+    own._iterator = None
+    return own
+
+
+def _tensorboards(trainer: Trainer) -> list[TensorBoardLogger]:
+    """Those that this process writes to."""
+    if not trainer.is_global_zero:
+        return []
+    return [logger for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)]
+
+
+def _curve_folder(logger: TensorBoardLogger, name: str) -> Path:
+    return Path(logger.log_dir) / "curves" / name
+
+
+def _write_curve(writer: SummaryWriter, result: Result) -> None:
+    """Write a curve in the place of the last one: to readers, a session that starts voids what was there."""
+    start = Event(session_log=SessionLog(status=SessionLog.START))
+    cast(Any, writer.file_writer).add_event(start, step=0)
+    for step, loss in enumerate(result.mean.tolist()):
+        writer.add_scalar("val/loss_by_inner_step", loss, step)
+    writer.flush()
+
+
+def _folder(trainer: Trainer) -> Path:
+    """Where files go; all processes must ask."""
+    folder = Path(trainer.log_dir or trainer.default_root_dir)
+    if _writes(trainer):
+        folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def _writes(trainer: Trainer) -> bool:
+    return trainer.is_global_zero and not trainer.fast_dev_run  # type: ignore[attr-defined]
+
+
+def _shown(path: str | Path) -> str:
+    """A path as short as a user would type it."""
+    path = Path(path).resolve()
+    here = Path.cwd()
+    return str(path.relative_to(here) if path.is_relative_to(here) else path)

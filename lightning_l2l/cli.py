@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shlex
 import sys
 import warnings
 from pathlib import Path
@@ -20,21 +22,25 @@ from lightning_l2l.meta_optimizer import MetaOptimizer
 
 LAST = "last"
 
+#: What `fit` does without arguments; configs/quadratic.yaml is the same with comments.
 DEFAULTS: dict[str, Any] = {
     "model.task": {"class_path": "lightning_l2l.Quadratic", "init_args": {"dim": 10}},
     "model.rule": {
         "class_path": "lightning_l2l.CoordinatewiseLSTM",
         "init_args": {"preprocessing": "log_and_sign", "output_scale": 0.1},
     },
-    "data": {"class_path": "lightning_l2l.QuadraticDataModule", "init_args": {"num_tasks": 128}},
     "model.lr": 0.003,
+    "data": {
+        "class_path": "lightning_l2l.QuadraticDataModule",
+        "init_args": {"num_tasks": 128, "dim": 10, "episodes_per_epoch": 50, "num_test_tasks": 512},
+    },
     "checkpoint.monitor": "val/final_loss",
     "checkpoint.filename": "best",
     "checkpoint.enable_version_counter": False,
 }
 
 TRAINER_DEFAULTS: dict[str, Any] = {
-    "max_epochs": 50,
+    "max_epochs": 40,
     "log_every_n_steps": 10,
     "inference_mode": False,  # evaluation trains optimizees, which needs gradients
     "accelerator": "auto",
@@ -62,15 +68,26 @@ class CLI(LightningCLI):
         path = Path(config["ckpt_path"])
         _check_checkpoint(path)
         if command == "fit" and path.name == "last.ckpt" and path.parent.name == "checkpoints":
-            self._resume_into = path.parent.parent
+            self._resume_into = path.resolve().parent.parent
         defaults = self._subcommand_parsers[command].get_defaults()
         if config["model"] == defaults["model"]:
             super()._parse_ckpt_path()
 
     def before_instantiate_classes(self) -> None:
-        """Checkpoints are read without executing anything in them."""
+        """Checkpoints are read without executing anything in them, and know their folder by its whole path."""
+        if self.subcommand != "fit":  # where checkpoints would go now is of no interest
+            warnings.filterwarnings("ignore", "The dirpath has changed from")
+        trainer = self.config[self.subcommand]["trainer"]
+        trainer["default_root_dir"] = str(Path(trainer["default_root_dir"] or ".").resolve())
         if "weights_only" in self._subcommand_method_arguments[self.subcommand]:
             self.config[self.subcommand]["weights_only"] = True
+
+    def after_instantiate_classes(self) -> None:
+        """Let the run end with a `test` command that repeats its settings."""
+        for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, LearningCurves) and self.trainer.log_dir:
+                config = Path(os.path.relpath(self.trainer.log_dir)) / "config.yaml"
+                callback.test_command_prefix = f"python -m lightning_l2l test --config {shlex.quote(str(config))}"
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """A resumed run goes on in the folder of the run that it continues."""
@@ -115,6 +132,8 @@ def main(args: ArgsType = None) -> None:
         args: As on the command line, such as `["fit", "--model.num_steps", "50"]`; None takes them from there. From
             Python, mistakes raise; on the command line they are one line on stderr and exit status 1.
     """
+    # Lightning 2.6 with a recent torch: https://github.com/Lightning-AI/pytorch-lightning/issues/21326
+    warnings.filterwarnings("ignore", ".*LeafSpec.*is deprecated")
     try:
         CLI(
             MetaOptimizer,
@@ -128,9 +147,10 @@ def main(args: ArgsType = None) -> None:
             args=args,
         )
     except (ValueError, RuntimeError, FileNotFoundError) as error:
-        if args is not None or not _own(error):
+        foreseen = _foreseen(error)
+        if args is not None or foreseen is None:
             raise
-        sys.exit(f"error: {error}")
+        sys.exit(f"error: {foreseen}")
 
 
 def _last_checkpoint() -> ModelCheckpoint:
@@ -138,9 +158,13 @@ def _last_checkpoint() -> ModelCheckpoint:
     return ModelCheckpoint(filename=LAST, enable_version_counter=False)
 
 
-def _own(error: BaseException) -> bool:
-    """Whether the project itself raised this: a foreseeable mistake, whose message says all."""
-    trace = error.__traceback__
-    while trace is not None and trace.tb_next is not None:
-        trace = trace.tb_next
-    return trace is not None and Path(trace.tb_frame.f_code.co_filename).is_relative_to(Path(__file__).parent)
+def _foreseen(error: BaseException | None) -> BaseException | None:
+    """The first error of the chain that the project itself raised: its message says all there is to say."""
+    while error is not None:
+        trace = error.__traceback__
+        while trace is not None and trace.tb_next is not None:
+            trace = trace.tb_next
+        if trace is not None and Path(trace.tb_frame.f_code.co_filename).is_relative_to(Path(__file__).parent):
+            return error
+        error = error.__cause__
+    return None

@@ -55,6 +55,36 @@ BASELINES = (
 )
 
 
+def find_baselines(
+    given: Sequence[str | Baseline], reserved: Sequence[str] = (), known: Sequence[Baseline] = BASELINES
+) -> tuple[Baseline, ...]:
+    """Look up those that are given by name.
+
+    Args:
+        given: Names or baselines.
+        reserved: Names that no baseline may have.
+        known: Where names are looked up.
+
+    Raises:
+        ValueError: A name is unknown, occurs twice, or cannot name a folder.
+    """
+    by_name = {baseline.name: baseline for baseline in known}
+    found: list[Baseline] = []
+    for item in given:
+        if isinstance(item, str) and item not in by_name:
+            raise ValueError(
+                f"unknown baseline {item!r}; use {', '.join(by_name)}, or give an optimizer by its class, as "
+                "{name: adamw, optimizer: torch.optim.AdamW, options: {}}"
+            )
+        baseline = by_name[item] if isinstance(item, str) else item
+        if baseline.name in (*reserved, *(b.name for b in found)):
+            raise ValueError(f"the name {baseline.name!r} is taken; give this baseline another one")
+        if not baseline.name.strip(".") or set(baseline.name) & set("/\\"):
+            raise ValueError(f"baseline name {baseline.name!r} cannot name a folder; use letters and digits")
+        found.append(baseline)
+    return tuple(found)
+
+
 def rollout(
     make_optimizer: MakeOptimizer, task: Task, batch: Batch, num_steps: int, device: torch.device
 ) -> Tensor:
@@ -68,7 +98,7 @@ def rollout(
         device: Where the optimizees live.
 
     Returns:
-        Losses `[num_steps + 1, num_tasks]`, row t is f_t(theta_t); a loss that is not a number counts as inf.
+        Losses `[num_steps + 1, num_tasks]`, row t is f_t(theta_t); one that is not finite counts as inf.
 
     Raises:
         ValueError: The task's loss has the wrong shape, or is not finite at the start.
@@ -95,7 +125,8 @@ def rollout(
                 # The sum: each task's gradient is its own, untouched by how many tasks lie beside it.
                 per_task.sum().backward()  # type: ignore[no-untyped-call]
                 optimizer.step()
-    return torch.stack(losses).nan_to_num_(nan=math.inf)
+    stacked = torch.stack(losses)
+    return stacked.masked_fill_(~stacked.isfinite(), math.inf)
 
 
 @dataclass(frozen=True)
@@ -232,11 +263,12 @@ def write_comparison(path: Path, results: Sequence[Result], reference: float) ->
         reference: Final loss to which "ratio" relates.
     """
     header = "optimizer,lr,final_loss,median,standard_error,diverged,ratio,num_tasks,num_steps".split(",")
-    rows = [
-        [r.name, "" if r.lr is None else r.lr, r.final_loss, r.final_median, r.final_standard_error, r.diverged]
-        + [ratio(r.final_loss, reference), r.losses.shape[1], len(r.losses) - 1]
-        for r in results
-    ]
+    rows: list[list[object]] = []
+    for r in results:
+        rows.append(
+            [r.name, "" if r.lr is None else r.lr, r.final_loss, r.final_median, r.final_standard_error]
+        )
+        rows[-1] += [r.diverged, ratio(r.final_loss, reference), r.losses.shape[1], len(r.losses) - 1]
     _write_csv(path, header, rows)
 
 

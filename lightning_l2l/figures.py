@@ -21,8 +21,8 @@ DASHES = ("-", (0, (5, 1.5)), (0, (3, 1.2, 1, 1.2)), (0, (1, 1)), (0, (6, 1.2, 1
 def learning_curves(results: Sequence[Result], title: str, quantiles: tuple[float, float]) -> Figure:
     """Draw the loss by inner step: a line for the mean over the tasks, a band between two quantiles.
 
-    The first result is the one that the others are compared with and stands out. The axis follows the means; a
-    curve that leaves it has diverged.
+    The first result is the one that the others are compared with and stands out. The axis follows the means;
+    a curve that leaves it has diverged.
 
     Args:
         results: What is drawn.

@@ -107,7 +107,7 @@ def test_plateau_scheduler_watches_the_validation(trainer):
     )
     fit = trainer(max_epochs=3)
     fit.fit(module, data())
-    assert fit.optimizers[0].param_groups[0]["lr"] == pytest.approx(0.003 * 0.01)
+    assert fit.optimizers[0].param_groups[0]["lr"] == pytest.approx(0.003 * 0.1**3)
 
 
 class Diverging(Quadratic):
