@@ -125,7 +125,12 @@ class LearningCurves(Callback):
                         _write_curve(writer, result)
 
     def on_validation_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int,
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
         """Collect the rule's losses."""
@@ -186,7 +191,12 @@ class LearningCurves(Callback):
         self._losses = {name: [] for name in (LEARNED, *(b.name for b in self.baselines))}
 
     def on_test_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int,
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
         """Run the baselines on the batch that the rule has been run on."""
@@ -202,8 +212,7 @@ class LearningCurves(Callback):
             return
         rates = {LEARNED: None, **{t.baseline.name: t.lr for t in self.tuned}}
         self.results = [
-            Result(name, _gather(trainer, torch.cat(losses, 1)), rates[name])
-            for name, losses in self._losses.items()
+            Result(name, _gather(trainer, torch.cat(losses, 1)), rates[name]) for name, losses in self._losses.items()
         ]
         for result in self.results:
             pl_module.log(f"test/{result.name}/final_loss", result.final_loss, sync_dist=True)
@@ -223,7 +232,12 @@ class LearningCurves(Callback):
         self._losses = {LEARNED: []}
 
     def on_predict_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int,
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
         """Collect the rule's losses."""

@@ -17,7 +17,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 
 from lightning_l2l import data, rules, tasks  # noqa: F401  # so that YAML can name their classes without a path
 from lightning_l2l.callbacks import LearningCurves
-from lightning_l2l.interrupt import FinishEpisode
+from lightning_l2l.interrupt import ResumeCheckpoint
 from lightning_l2l.meta_optimizer import MetaOptimizer
 
 LAST = "last"
@@ -77,9 +77,11 @@ class CLI(LightningCLI):
         """Checkpoints are read without executing anything in them, and know their folder by its whole path."""
         if self.subcommand != "fit":  # where checkpoints would go now is of no interest
             warnings.filterwarnings("ignore", "The dirpath has changed from")
+        if self.subcommand == "test":
+            self.config["test"]["verbose"] = False  # LearningCurves prints the table
         trainer = self.config[self.subcommand]["trainer"]
         trainer["default_root_dir"] = str(Path(trainer["default_root_dir"] or ".").resolve())
-        if "weights_only" in self._subcommand_method_arguments[self.subcommand]:
+        if "weights_only" in self._subcommand_method_arguments[str(self.subcommand)]:
             self.config[self.subcommand]["weights_only"] = True
 
     def after_instantiate_classes(self) -> None:
@@ -141,7 +143,7 @@ def main(args: ArgsType = None) -> None:
             subclass_mode_data=True,
             auto_configure_optimizers=False,  # a meta-optimizer is an argument of MetaOptimizer
             seed_everything_default=0,
-            trainer_defaults={**TRAINER_DEFAULTS, "callbacks": [FinishEpisode(), _last_checkpoint()]},
+            trainer_defaults={**TRAINER_DEFAULTS, "callbacks": [ResumeCheckpoint()]},
             save_config_kwargs={"overwrite": True},  # a resumed run writes into its own folder again
             parser_kwargs={"default_env": False},
             args=args,
@@ -151,11 +153,6 @@ def main(args: ArgsType = None) -> None:
         if args is not None or foreseen is None:
             raise
         sys.exit(f"error: {foreseen}")
-
-
-def _last_checkpoint() -> ModelCheckpoint:
-    """last.ckpt after each validation, for resuming, however good or bad."""
-    return ModelCheckpoint(filename=LAST, enable_version_counter=False)
 
 
 def _foreseen(error: BaseException | None) -> BaseException | None:

@@ -85,9 +85,7 @@ def find_baselines(
     return tuple(found)
 
 
-def rollout(
-    make_optimizer: MakeOptimizer, task: Task, batch: Batch, num_steps: int, device: torch.device
-) -> Tensor:
+def rollout(make_optimizer: MakeOptimizer, task: Task, batch: Batch, num_steps: int, device: torch.device) -> Tensor:
     """Optimise the tasks of a batch side by side.
 
     Args:
@@ -265,9 +263,7 @@ def write_comparison(path: Path, results: Sequence[Result], reference: float) ->
     header = "optimizer,lr,final_loss,median,standard_error,diverged,ratio,num_tasks,num_steps".split(",")
     rows: list[list[object]] = []
     for r in results:
-        rows.append(
-            [r.name, "" if r.lr is None else r.lr, r.final_loss, r.final_median, r.final_standard_error]
-        )
+        rows.append([r.name, "" if r.lr is None else r.lr, r.final_loss, r.final_median, r.final_standard_error])
         rows[-1] += [r.diverged, ratio(r.final_loss, reference), r.losses.shape[1], len(r.losses) - 1]
     _write_csv(path, header, rows)
 
@@ -275,11 +271,7 @@ def write_comparison(path: Path, results: Sequence[Result], reference: float) ->
 def write_curves(path: Path, results: Sequence[Result], quantiles: tuple[float, float]) -> None:
     """Write a CSV file with one row per optimizer and inner step: mean and two quantiles over the tasks."""
     columns = [(r.name, [r.mean.tolist(), *(r.quantile(q).tolist() for q in quantiles)]) for r in results]
-    rows = [
-        [name, step, *values]
-        for name, curves in columns
-        for step, values in enumerate(zip(*curves, strict=True))
-    ]
+    rows = [[name, step, *values] for name, curves in columns for step, values in enumerate(zip(*curves, strict=True))]
     _write_csv(path, ["optimizer", "step", "mean", *(f"quantile_{q:g}" for q in quantiles)], rows)
 
 

@@ -133,7 +133,11 @@ class MetaOptimizer(LightningModule):
             total += truncation.meta_loss.detach()
             largest = torch.maximum(largest, norm)
             self._outer_step(optimizer, bool(norm.isfinite()))
-        values = {"train/meta_loss": total, "train/meta_gradient_norm": largest, "train/skipped": self.skipped}
+        values: dict[str, Any] = {
+            "train/meta_loss": total,
+            "train/meta_gradient_norm": largest,
+            "train/skipped": self.skipped,
+        }
         self.log_dict({**values, "step": float(self.global_step)}, batch_size=1)
         self.log("meta_loss", total, prog_bar=True, logger=False, batch_size=1)
 
@@ -184,7 +188,7 @@ class MetaOptimizer(LightningModule):
         options: dict[str, Any] = {"on_step": False, "on_epoch": True, "batch_size": losses.shape[1]}
         self.log("val/final_loss", self.final_loss, prog_bar=True, **options)
         self.log("val/meta_loss", self.meta_loss, **options)
-        self.log("step", float(self.global_step), **options)
+        self.log("step", float(self.global_step), sync_dist=True, **options)
         return {"losses": losses}
 
     def test_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:

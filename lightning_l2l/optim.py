@@ -45,9 +45,7 @@ class LearnedOptimizer(Optimizer):
         >>> optimizer.step()
     """
 
-    def __init__(
-        self, params: Iterable[Any], rule: UpdateRule | str | Path, lr: float = 1.0
-    ) -> None:
+    def __init__(self, params: Iterable[Any], rule: UpdateRule | str | Path, lr: float = 1.0) -> None:
         if lr < 0:
             raise ValueError(f"lr={lr} is negative; use 1.0 for the rule as it was trained, 0 to stand still")
         self.rule = rule if isinstance(rule, UpdateRule) else load_rule(rule)
@@ -55,7 +53,7 @@ class LearnedOptimizer(Optimizer):
         super().__init__(params, {"lr": lr})
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One inner step.
 
         Args:
@@ -93,9 +91,9 @@ class LearnedOptimizer(Optimizer):
         update = unroller.step(gradient)
         unroller.finish(state)
         if len(states) > 1:
-            for kept, new in zip(states, state.split(sizes, 1), strict=True):
+            for kept, new in zip(states, torch.split(state, sizes, 1), strict=True):
                 kept.copy_(new)
-        for p, u in zip(params, update.split(sizes), strict=True):
+        for p, u in zip(params, torch.split(update, sizes), strict=True):
             p.add_(u.view(p.shape), alpha=lr)
 
     def _unroller(self, size: int, device: torch.device) -> RuleUnroll:

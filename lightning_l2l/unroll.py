@@ -170,7 +170,7 @@ class Unroll:
         with torch.enable_grad():
             theta, state = episode.theta.clone().requires_grad_(), episode.state
             for t in range(num_steps + 1):
-                parts = theta.split(sizes, 1)
+                parts = torch.split(theta, sizes, 1)
                 params = {
                     name: part.view(p.shape) for (name, p), part in zip(episode.params.items(), parts, strict=True)
                 }

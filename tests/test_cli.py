@@ -96,7 +96,9 @@ def test_tensorboard_holds_the_run_against_outer_steps():
     main(["fit", *TINY_FIT])
     events = scalars(run())
     tags = events.Tags()["scalars"]
-    assert {"train/meta_loss", "train/meta_gradient_norm", "train/skipped", "val/final_loss", "val/meta_loss"} <= set(tags)
+    assert {"train/meta_loss", "train/meta_gradient_norm", "train/skipped", "val/final_loss", "val/meta_loss"} <= set(
+        tags
+    )
     # 2 epochs of 2 episodes of 2 truncations: an episode ends at outer step 2, 4, 6, 8, an epoch at 4 and 8
     assert [e.step for e in events.Scalars("train/meta_loss")] == [2, 4, 6, 8]
     assert [e.step for e in events.Scalars("val/final_loss")] == [4, 8]

@@ -125,9 +125,7 @@ def test_tuning_finds_the_best_of_the_grid():
     assert torch.equal(tuned.losses, torch.ones(3, 5))
 
 
-@pytest.mark.parametrize(
-    "best, beyond", [(3e-5, (1e-5, 3e-5, 1e-4, 3e-4)), (100.0, (10.0, 30.0, 100.0, 300.0))]
-)
+@pytest.mark.parametrize("best, beyond", [(3e-5, (1e-5, 3e-5, 1e-4, 3e-4)), (100.0, (10.0, 30.0, 100.0, 300.0))])
 def test_tuning_widens_the_grid_until_the_best_is_inside(best, beyond):
     tuned = tune(Baseline("rated", Rated, {"best": best}), Floor(), seeds(2), 1, CPU)
     assert tuned.lr == best

@@ -122,7 +122,7 @@ def test_nonfinite_meta_gradients_are_skipped_counted_and_stop_the_run(trainer):
     module.task = module.unroll.task = Diverging(3)
     before = [p.detach().clone() for p in module.rule.parameters()]
     fit = trainer(limit_val_batches=0)
-    with pytest.raises(RuntimeError, match="6 outer steps in a row.*--model.lr"):
+    with pytest.raises(RuntimeError, match=r"6 outer steps in a row.*--model.lr"):
         fit.fit(module, data())
     assert fit.global_step == 0 and module.skipped == 6
     for a, b in zip(before, module.rule.parameters(), strict=True):
@@ -142,7 +142,10 @@ def test_a_finite_meta_gradient_ends_the_row():
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        ({"num_steps": 100, "unroll_length": 30}, "unroll_length=30 does not divide num_steps=100; use 1, 2, .*50 or 100"),
+        (
+            {"num_steps": 100, "unroll_length": 30},
+            "unroll_length=30 does not divide num_steps=100; use 1, 2, .*50 or 100",
+        ),
         ({"num_steps": 7, "unroll_length": 3}, "use 1 or 7"),
         ({"num_steps": 0}, "num_steps=0"),
         ({"unroll_length": -2}, "unroll_length=-2"),

@@ -69,9 +69,7 @@ def read_idx(path: str | Path, num_dims: int) -> npt.NDArray[np.uint8]:
     shape = tuple(int(size) for size in np.frombuffer(content, ">u4", num_dims, offset=4))
     length = header + int(np.prod(shape, dtype=object))
     if len(content) != length:
-        raise ValueError(
-            f"{path} has {len(content)} bytes, expected {length} for the shape {shape}; {REMEDY}"
-        )
+        raise ValueError(f"{path} has {len(content)} bytes, expected {length} for the shape {shape}; {REMEDY}")
     return np.frombuffer(content, np.uint8, offset=header).reshape(shape)
 
 
@@ -115,9 +113,7 @@ def download(
 
 
 def _fetch(url: str, path: Path, checksum: str, timeout: float) -> None:
-    part = path.with_name(
-        f".{path.name}.{os.getpid()}.part"
-    )  # same folder, hence same disk: the move is atomic
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")  # same folder, hence same disk: the move is atomic
     try:
         with urlopen(url, timeout=timeout) as response, part.open("wb") as file:
             size = int(response.headers.get("Content-Length", 0))

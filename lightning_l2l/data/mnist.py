@@ -71,9 +71,7 @@ class MNISTDataModule(EpisodeDataModule):
         self.root = Path(root)
         self.batch_size = batch_size
         self.download = download
-        self._digits: dict[
-            Stage, tuple[Tensor, Tensor]
-        ] = {}  # images [n, 28, 28] and labels [n] of each stage
+        self._digits: dict[Stage, tuple[Tensor, Tensor]] = {}  # images [n, 28, 28] and labels [n] of each stage
 
     def prepare_data(self) -> None:
         """Downloads the files that are missing; runs on one process of each machine.
@@ -103,9 +101,7 @@ class MNISTDataModule(EpisodeDataModule):
         }
         for name, (images, _) in digits.items():
             if len(images) < self.batch_size:
-                remedy = (
-                    f"use batch_size={len(images)} or fewer" if len(images) else "put the full data set there"
-                )
+                remedy = f"use batch_size={len(images)} or fewer" if len(images) else "put the full data set there"
                 raise ValueError(
                     f"batch_size={self.batch_size} needs as many {name} images, but "
                     f"{idx.raw_folder(self.root)} has {len(images)}; {remedy}"
@@ -124,9 +120,7 @@ class MNISTDataModule(EpisodeDataModule):
         per_permutation = len(images) // self.batch_size
         num_permutations = -(-(self.num_steps + 1) // per_permutation)
         used = per_permutation * self.batch_size
-        order = torch.cat(
-            [torch.randperm(len(images), generator=generator)[:used] for _ in range(num_permutations)]
-        )
+        order = torch.cat([torch.randperm(len(images), generator=generator)[:used] for _ in range(num_permutations)])
         order = order[: (self.num_steps + 1) * self.batch_size]
         shape = (self.num_steps + 1, self.batch_size)
         # index_select copies whole images: ten times as fast as `images[order]`.
@@ -144,13 +138,9 @@ class MNISTDataModule(EpisodeDataModule):
             paths.append(path)
         images, labels = idx.read_idx(paths[0], num_dims=3), idx.read_idx(paths[1], num_dims=1)
         if images.shape[1:] != (_SIZE, _SIZE):
-            raise ValueError(
-                f"{paths[0]} has images of {images.shape[1:]} pixels, expected (28, 28); {idx.REMEDY}"
-            )
+            raise ValueError(f"{paths[0]} has images of {images.shape[1:]} pixels, expected (28, 28); {idx.REMEDY}")
         if len(images) != len(labels):
-            raise ValueError(
-                f"{paths[1]} has {len(labels)} labels, expected {len(images)}, one an image; {idx.REMEDY}"
-            )
+            raise ValueError(f"{paths[1]} has {len(labels)} labels, expected {len(images)}, one an image; {idx.REMEDY}")
         if len(labels) and labels.max() >= _NUM_CLASSES:
             raise ValueError(f"{paths[1]} has the label {labels.max()}, expected 0 to 9; {idx.REMEDY}")
         return torch.tensor(images), torch.tensor(labels)  # copies, because the arrays are read-only

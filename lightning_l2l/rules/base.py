@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -61,7 +61,13 @@ class UpdateRule(nn.Module, ABC):
         return torch.zeros(self.state_size, num_coordinates, device=device, dtype=dtype or torch.float32)
 
     def unroller(
-        self, num_coordinates: int, num_steps: int, *, memory: Memory = "auto", budget: int = 2**30, block: int | None = None
+        self,
+        num_coordinates: int,
+        num_steps: int,
+        *,
+        memory: Memory = "auto",
+        budget: int = 2**30,
+        block: int | None = None,
     ) -> RuleUnroll:
         """Buffers for unrolling this rule; made once and used for truncation after truncation.
 
@@ -132,9 +138,10 @@ class AutogradUnroll(RuleUnroll):
     def step(self, gradient: Tensor) -> Tensor:
         """See `RuleUnroll.step`."""
         self.inputs[self.count].copy_(gradient)
-        update, self.state = self.rule(self.inputs[self.count], self.state)
+        update, state = self.rule(self.inputs[self.count], self.state)
+        self.state = state
         self.count += 1
-        return update
+        return cast(Tensor, update)
 
     def finish(self, state: Tensor) -> None:
         """See `RuleUnroll.finish`."""

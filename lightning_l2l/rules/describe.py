@@ -58,7 +58,7 @@ def build_rule(description: dict[str, Any]) -> UpdateRule:
         ValueError: The class is unknown, or its arguments do not fit it.
     """
     path = description.get("class_path") if isinstance(description, dict) else None
-    for known in _subclasses(UpdateRule):
+    for known in _subclasses(UpdateRule):  # type: ignore[type-abstract]
         if _path(known) == path:
             try:
                 return known(**description["init_args"])

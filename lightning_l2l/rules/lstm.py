@@ -59,9 +59,13 @@ class CoordinatewiseLSTM(UpdateRule):
         if preprocessing not in PREPROCESSING:
             raise ValueError(f"preprocessing={preprocessing!r} is unknown; use one of {', '.join(PREPROCESSING)}")
         if not 0 < p <= 87:
-            raise ValueError(f"p={p} is out of range; use a number above 0 and up to 87 (e^p must be finite); 10 in the paper")
+            raise ValueError(
+                f"p={p} is out of range; use a number above 0 and up to 87 (e^p must be finite); 10 in the paper"
+            )
         if output_scale == 0 or not math.isfinite(output_scale):
-            raise ValueError(f"output_scale={output_scale} gives no update; use a finite number other than 0, such as 0.1")
+            raise ValueError(
+                f"output_scale={output_scale} gives no update; use a finite number other than 0, such as 0.1"
+            )
         self.hidden_size = hidden_size
         self.num_layers = num_layers
         self.preprocessing = preprocessing
@@ -89,10 +93,7 @@ class CoordinatewiseLSTM(UpdateRule):
     def layers(self) -> list[tuple[Tensor, Tensor, Tensor]]:
         """(weight_ih, weight_hh, bias) of each layer, lowest first; gates in torch's order (i, f, g, o)."""
         names = ("weight_ih", "weight_hh", "bias")
-        return [
-            tuple(getattr(self, f"{name}_l{layer}") for name in names)  # type: ignore[misc]
-            for layer in range(self.num_layers)
-        ]
+        return [tuple(getattr(self, f"{name}_l{layer}") for name in names) for layer in range(self.num_layers)]
 
     @property
     def state_size(self) -> int:
@@ -111,7 +112,7 @@ class CoordinatewiseLSTM(UpdateRule):
     def forward(self, gradient: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
         """See `UpdateRule.forward`."""
         x = self.preprocess(gradient)
-        parts = state.unflatten(0, (self.num_layers, 2, self.hidden_size))
+        parts = torch.unflatten(state, 0, (self.num_layers, 2, self.hidden_size))
         after = []
         for (weight_ih, weight_hh, bias), (h, c) in zip(self.layers(), parts, strict=True):
             i, f, g, o = (weight_ih @ x + weight_hh @ h + bias[:, None]).chunk(4)
@@ -122,7 +123,13 @@ class CoordinatewiseLSTM(UpdateRule):
         return self.output_scale * update, torch.cat(after)
 
     def unroller(
-        self, num_coordinates: int, num_steps: int, *, memory: Memory = "auto", budget: int = 2**30, block: int | None = None
+        self,
+        num_coordinates: int,
+        num_steps: int,
+        *,
+        memory: Memory = "auto",
+        budget: int = 2**30,
+        block: int | None = None,
     ) -> RuleUnroll:
         """See `UpdateRule.unroller`; the backward pass is written by hand."""
         if memory == "auto":
@@ -132,8 +139,10 @@ class CoordinatewiseLSTM(UpdateRule):
 
 
 class _LSTMUnroll(RuleUnroll):
-    """`lstm_kernel` over blocks of coordinates; flat: one inner step's buffers while stepping, all steps' for one
-    block at a time in the backward pass."""
+    """`lstm_kernel` over blocks of coordinates.
+
+    Flat: buffers of one inner step while stepping, and of all steps for one block at a time in the backward pass.
+    """
 
     def __init__(
         self, rule: CoordinatewiseLSTM, num_coordinates: int, num_steps: int, *, flat: bool, block: int | None
@@ -146,7 +155,7 @@ class _LSTMUnroll(RuleUnroll):
         self.update = like.new_empty(1, num_coordinates)
         self.updates = [self.update[:, part] for part in self.parts]
         if flat:
-            self.inputs = like.new_empty(num_steps, num_coordinates) if num_steps > 1 else None
+            self.inputs = like.new_empty(num_steps, num_coordinates)
             self.state = like.new_empty(rule.state_size, num_coordinates)
         else:
             self.kept = [self._block(part, num_steps) for part in self.parts]
@@ -180,8 +189,7 @@ class _LSTMUnroll(RuleUnroll):
     def step(self, gradient: Tensor) -> Tensor:
         x = self.rule.preprocess(gradient)
         if self.flat:
-            if self.inputs is not None:
-                self.inputs[self.count].copy_(gradient)
+            self.inputs[self.count].copy_(gradient)
             for part, update in zip(self.parts, self.updates, strict=True):
                 block = self._shared(part, 1)
                 block.load(self.state[:, part])

@@ -96,13 +96,13 @@ def pack(
     h, top = shape.hidden_size, shape.num_layers - 1
     forward = []
     backward = readout[0].new_zeros(shape.num_layers, h, 1 + shape.gate_rows)
-    blocks = backward[..., 1:].unflatten(2, (4, shape.num_layers, h))  # [to layer, h, gate, from layer, h]
+    blocks = torch.unflatten(backward[..., 1:], 2, (4, shape.num_layers, h))  # [to layer, h, gate, from layer, h]
     for layer, (weight_ih, weight_hh, bias) in enumerate(layers):
         under = 2 * weight_ih if layer else weight_ih  # h' = h / 2
         full = _swap_gates(torch.cat([2 * weight_hh, bias[:, None], under], 1))
         full = full * _gate_scale(full, 1, 1, 1, 2)
         forward.append(full.contiguous())
-        back = (full * _gate_scale(full, 4, 1, 1, 4)).t().unflatten(1, (4, h))
+        back = torch.unflatten((full * _gate_scale(full, 4, 1, 1, 4)).t(), 1, (4, h))
         blocks[layer, :, :, layer] = back[:h]
         if layer:
             blocks[layer - 1, :, :, layer] = back[h + 1 :]
@@ -116,7 +116,7 @@ def unpack_gradients(
 ) -> tuple[list[tuple[Tensor, Tensor, Tensor]], tuple[Tensor, Tensor]]:
     """Gradients of the weights given to `pack`, from what `Block.backward` gathered."""
     h, top = shape.hidden_size, shape.num_layers - 1
-    by_layer = gradient[1:].unflatten(0, (4, shape.num_layers, h))
+    by_layer = torch.unflatten(gradient[1:], 0, (4, shape.num_layers, h))
     layers = []
     for layer in range(shape.num_layers):
         first = shape.row(layer)
@@ -143,7 +143,7 @@ class Scratch:
         self.d_rows = like.new_empty(1 + 5 * layers * h, size)
         self.d_readout = self.d_rows[:1]
         self.d_joint = self.d_rows[: 1 + 4 * layers * h]
-        parts = self.d_rows[1:].unflatten(0, (5, layers, h))
+        parts = torch.unflatten(self.d_rows[1:], 0, (5, layers, h))
         self.d_gates, self.d_i, self.d_f, self.d_o = parts[:4], parts[0], parts[1], parts[2]
         self.d_g_carry, self.d_carry = parts[3:], parts[4]
         self.d_hidden = like.new_empty(layers, h, size)
@@ -208,35 +208,34 @@ class Block:
         ]
         self.cells = [[cells[s + layer, layer] for layer in range(layers)] for s in range(num_steps + 1)]
         self.readout = [inputs[s + layers, : h + 1] for s in range(num_steps)]
-        self.steps = [
-            [
-                _Cell(
-                    inputs[s + layer, shape.row(layer) : shape.row(layer) + shape.fan_in(layer)],
-                    gates[s + layer, :4, layer],
-                    *gates[s + layer, :, layer],
-                    self.cells[s][layer],
-                    self.cells[s + 1][layer],
-                    self.hidden[s + 1][layer],
-                )
-                for layer in range(layers)
-            ]
-            for s in range(num_steps)
-        ]
+        self.steps = [[self._cell(inputs, gates, s, layer) for layer in range(layers)] for s in range(num_steps)]
         self.waves = [
             _Wave(inputs[k].t(), kept[:4], kept[:2], kept[2], kept[3:], kept[4], cells[k])
             for k, kept in enumerate(gates)
         ]
 
+    def _cell(self, inputs: Tensor, gates: Tensor, step: int, layer: int) -> _Cell:
+        first = self.shape.row(layer)
+        i, f, o, g, sigma = gates[step + layer, :, layer].unbind()
+        return _Cell(
+            inputs[step + layer, first : first + self.shape.fan_in(layer)],
+            gates[step + layer, :4, layer],
+            *(i, f, o, g, sigma),
+            self.cells[step][layer],
+            self.cells[step + 1][layer],
+            self.hidden[step + 1][layer],
+        )
+
     def load(self, state: Tensor) -> None:
         """Start from `state` `[2 H num_layers, size]`, rows (h, c) a layer, the LSTM's own h and c."""
-        parts = state.unflatten(0, (self.shape.num_layers, 2, self.shape.hidden_size))
+        parts = torch.unflatten(state, 0, (self.shape.num_layers, 2, self.shape.hidden_size))
         for part, hidden, cell in zip(parts, self.hidden[0], self.cells[0], strict=True):
             torch.mul(part[0], 0.5, out=hidden)
             torch.mul(part[1], 2.0, out=cell)
 
     def store(self, step: int, state: Tensor) -> None:
         """Write the state after `step` inner steps to `state` `[2 H num_layers, size]`."""
-        parts = state.unflatten(0, (self.shape.num_layers, 2, self.shape.hidden_size))
+        parts = torch.unflatten(state, 0, (self.shape.num_layers, 2, self.shape.hidden_size))
         for part, hidden, cell in zip(parts, self.hidden[step], self.cells[step], strict=True):
             torch.mul(hidden, 2.0, out=part[0])
             torch.mul(cell, 0.5, out=part[1])
@@ -288,4 +287,3 @@ class Block:
             gradient.addmm_(s.d_joint, v.inputs_t)
             if wave:
                 torch.mm(weights.backward, s.d_joint, out=s.d_hidden_rows)
-

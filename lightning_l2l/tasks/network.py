@@ -67,15 +67,11 @@ class NetworkTask(Task):
         with _global_rng(torch.Generator()), torch.device("cpu"):
             template = copy.deepcopy(module if isinstance(module, nn.Module) else module()).cpu().train()
             named = dict(template.named_parameters())
-            frozen = {
-                name: value.detach().clone() for name, value in named.items() if not value.requires_grad
-            }
+            frozen = {name: value.detach().clone() for name, value in named.items() if not value.requires_grad}
             self._names = [name for name in named if name not in frozen]
             if not self._names or any(is_lazy(value) for value in named.values()):
                 problem = "uninitialised (lazy) parameters" if self._names else "no parameters to train"
-                raise ValueError(
-                    f"{type(template).__name__} has {problem}; give a network ready for training"
-                )
+                raise ValueError(f"{type(template).__name__} has {problem}; give a network ready for training")
             if isinstance(module, nn.Module) and init_scale is None:
                 _check_reset(template)  # also resets the buffers, so that copies start with fresh statistics
         self._template = template
@@ -141,9 +137,7 @@ class NetworkTask(Task):
                 outputs = torch.func.vmap(self._forward, randomness=randomness)(tensors, inputs)
                 # vmap takes cross_entropy apart into a dozen operators; over all copies' rows it is one call.
                 # No row can be ignore_index, since its label was a uint8: the mean is over all of them.
-                rows = nn.functional.cross_entropy(
-                    outputs.flatten(0, 1), targets.flatten(0, 1), reduction="none"
-                )
+                rows = nn.functional.cross_entropy(outputs.flatten(0, 1), targets.flatten(0, 1), reduction="none")
                 return rows.view(num_tasks, -1).mean(1)
             losses: Tensor = torch.func.vmap(self._copy_loss, randomness=randomness)(tensors, inputs, targets)
             return losses
@@ -198,12 +192,7 @@ def _tensor_slots(module: nn.Module, names: Sequence[str]) -> list[tuple[dict[st
     owners: list[dict[str, Any]] = []
     for submodule in module.modules():
         owners += [submodule._parameters, submodule._buffers]
-    return [
-        (owner, key, index[id(value)])
-        for owner in owners
-        for key, value in owner.items()
-        if value is not None
-    ]
+    return [(owner, key, index[id(value)]) for owner in owners for key, value in owner.items() if value is not None]
 
 
 def _reset_parameters(module: nn.Module) -> None:

@@ -75,9 +75,7 @@ def test_sampler_epoch():
 def test_sampler_leaves_out_what_is_done():
     sampler = EpisodeSampler(8, num_done=lambda: 3, num_replicas=2, rank=1)
     assert list(sampler) == [(0, 7)]
-    assert (
-        len(sampler) == 4
-    )  # the length is that of an epoch: the Trainer counts from the batch it stopped at
+    assert len(sampler) == 4  # the length is that of an epoch: the Trainer counts from the batch it stopped at
 
 
 @pytest.mark.parametrize(("num_tasks", "allowed"), [(7, "6 or 9"), (2, "3")])
@@ -236,9 +234,7 @@ class Save(Callback):
 
 
 def trainer(**kwargs):
-    off = dict.fromkeys(
-        ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False
-    )
+    off = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
     return Trainer(accelerator="cpu", max_epochs=3, **off, **kwargs)
 
 

@@ -49,10 +49,7 @@ def test_batch(mnist_root):
 def test_stages_have_no_image_in_common(marked_root):
     data = ready(marked_root, num_steps=60, num_val_tasks=2, num_test_tasks=2, episodes_per_epoch=1)
     loaders = {"train": data.train_dataloader(), "val": data.val_dataloader(), "test": data.test_dataloader()}
-    seen = {
-        stage: set(marks(next(iter(loader))["inputs"]).flatten().tolist())
-        for stage, loader in loaders.items()
-    }
+    seen = {stage: set(marks(next(iter(loader))["inputs"]).flatten().tolist()) for stage, loader in loaders.items()}
     # 61 minibatches of 8 images cannot use all of the 550 training images, two tasks nearly can.
     assert seen["train"] <= set(range(550)) and len(seen["train"]) > 500
     assert seen["val"] == set(range(550, 600))
@@ -128,9 +125,7 @@ def test_sample_before_setup(mnist_root):
 def test_too_few_images(tmp_path, write_mnist, stage, batch_size, available):
     num_train = 600 if stage == "val" else 12 * 300
     root = write_mnist(tmp_path, marked(num_train, 0), labels(num_train), marked(200, 0), labels(200))
-    with pytest.raises(
-        ValueError, match=f"batch_size={batch_size} .* {stage} .*; use batch_size={available} or"
-    ):
+    with pytest.raises(ValueError, match=f"batch_size={batch_size} .* {stage} .*; use batch_size={available} or"):
         ready(root, batch_size=batch_size)
 
 

@@ -19,7 +19,9 @@ def test_log_and_sign_is_appendix_a(p):
             assert (first, second) == (-1.0, pytest.approx(math.exp(p) * value))
 
 
-@pytest.mark.parametrize("factor, expected", [(1 - 1e-6, (-1.0, 1 - 1e-6)), (1.0, (-1.0, 1.0)), (1 + 1e-6, (-1 + 1e-7, 1.0))])
+@pytest.mark.parametrize(
+    "factor, expected", [(1 - 1e-6, (-1.0, 1 - 1e-6)), (1.0, (-1.0, 1.0)), (1 + 1e-6, (-1 + 1e-7, 1.0))]
+)
 def test_log_and_sign_at_its_threshold(factor, expected):
     g = torch.tensor([math.exp(-10) * factor], dtype=torch.float64)
     for direction in (1, -1):

@@ -45,7 +45,9 @@ def rule(request):
 @pytest.fixture
 def fed(rule):
     g = torch.Generator().manual_seed(1)
-    gradients = torch.randn(T, N, dtype=torch.float64, generator=g) * torch.logspace(-6, 0, T, dtype=torch.float64)[:, None]
+    gradients = (
+        torch.randn(T, N, dtype=torch.float64, generator=g) * torch.logspace(-6, 0, T, dtype=torch.float64)[:, None]
+    )
     cotangents = torch.randn(T, N, dtype=torch.float64, generator=g)
     state = torch.randn(rule.state_size, N, dtype=torch.float64, generator=g)
     return gradients, cotangents, state

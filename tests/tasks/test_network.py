@@ -131,12 +131,8 @@ def test_any_loss_and_floating_point_targets():
     task = NetworkTask(nn.Linear(4, 2).double(), loss_fn=nn.MSELoss())
     batch = {"inputs": torch.randn(3, 1, 5, 4), "targets": torch.randn(3, 1, 5, 2)}
     params, _ = init_from_seeds(task, torch.arange(3))
-    out = torch.einsum("bni,boi->bno", batch["inputs"][:, 0].double(), params["weight"]) + params[
-        "bias"
-    ].unsqueeze(1)
-    torch.testing.assert_close(
-        task.loss(params, batch, 0), (out - batch["targets"][:, 0]).square().mean((1, 2))
-    )
+    out = torch.einsum("bni,boi->bno", batch["inputs"][:, 0].double(), params["weight"]) + params["bias"].unsqueeze(1)
+    torch.testing.assert_close(task.loss(params, batch, 0), (out - batch["targets"][:, 0]).square().mean((1, 2)))
 
 
 @pytest.mark.parametrize("num_tasks", [1, 3])
@@ -313,9 +309,7 @@ def test_command_line_types(loss_fn):
     parser.add_subclass_arguments(Task, "task")
     instantiate = getattr(parser, "instantiate", None) or parser.instantiate_classes  # renamed in 4.49
     init_args = {"module": MLP_CONFIG, "loss_fn": loss_fn, "init_scale": 0.5}
-    config = parser.parse_object(
-        {"task": {"class_path": "lightning_l2l.tasks.NetworkTask", "init_args": init_args}}
-    )
+    config = parser.parse_object({"task": {"class_path": "lightning_l2l.tasks.NetworkTask", "init_args": init_args}})
     task = instantiate(config).task
     assert isinstance(task, NetworkTask) and isinstance(task.module, MLP) and task.init_scale == 0.5
     if loss_fn is SMOOTHED:
