@@ -150,10 +150,10 @@ class _LSTMUnroll(RuleUnroll):
         like = rule.readout.weight.detach()
         self.rule, self.flat, self.num_steps, self.shape, self.like = rule, flat, num_steps, rule.shape, like
         self.parts = list(blocks(num_coordinates, block or (CPU_BLOCK if like.is_cpu else DEVICE_BLOCK)))
-        self.scratch: dict[int, Scratch] = {}
-        self.spare: dict[tuple[int, int], Block] = {}
         self.update = like.new_empty(1, num_coordinates)
         self.updates = [self.update[:, part] for part in self.parts]
+        self.scratch: dict[int, Scratch] = {}
+        self.shared: dict[tuple[int, int], Block] = {}
         if flat:
             self.inputs = like.new_empty(num_steps, num_coordinates)
             self.state = like.new_empty(rule.state_size, num_coordinates)
@@ -162,14 +162,15 @@ class _LSTMUnroll(RuleUnroll):
 
     def _block(self, part: slice, num_steps: int) -> Block:
         size = part.stop - part.start
-        scratch = self.scratch.setdefault(size, Scratch(self.shape, size, like=self.like))
-        return Block(self.shape, size, num_steps, scratch, like=self.like)
+        if size not in self.scratch:
+            self.scratch[size] = Scratch(self.shape, size, like=self.like)
+        return Block(self.shape, size, num_steps, self.scratch[size], like=self.like)
 
     def _shared(self, part: slice, num_steps: int) -> Block:
         key = (part.stop - part.start, num_steps)
-        if key not in self.spare:
-            self.spare[key] = self._block(part, num_steps)
-        return self.spare[key]
+        if key not in self.shared:
+            self.shared[key] = self._block(part, num_steps)
+        return self.shared[key]
 
     @torch.no_grad()
     def begin(self, state: Tensor) -> None:
@@ -177,9 +178,7 @@ class _LSTMUnroll(RuleUnroll):
         self.weights = pack(self.shape, rule.layers(), (rule.readout.weight, rule.readout.bias), rule.output_scale)
         self.count = 0
         if self.flat:
-            self.first = state
-            if self.num_steps > 1:
-                self.first = state.clone()
+            self.first = state.clone() if self.num_steps > 1 else state
             self.state.copy_(state)
             return
         for part, block in zip(self.parts, self.kept, strict=True):
@@ -213,7 +212,7 @@ class _LSTMUnroll(RuleUnroll):
     def gradients(self, cotangents: Tensor) -> list[Tensor]:
         if self.count != self.num_steps:
             raise RuntimeError(f"{self.count} of {self.num_steps} inner steps were made; make all before gradients()")
-        total = self.like.new_zeros(1 + self.shape.gate_rows, self.shape.num_rows)
+        total = self.shape.zero_gradients(self.like)
         for index, part in enumerate(self.parts):
             if self.flat:
                 block = self._shared(part, self.num_steps)

@@ -6,14 +6,13 @@ LSTM is written in the form that costs least, features by rows and coordinates b
 * One product a layer and step. Every layer's inputs (its own h, a row of ones for the bias, the h below it) lie
   in adjacent rows of one buffer, so nothing is concatenated. For that, layer l (counted from 0) reads buffer
   s + l at step s and writes its h to the next one: buffer k is a wave that holds layer l at step k - l.
-* No tanh: tanh x = 2 sigmoid(2x) - 1. With c' = 2c, h' = h / 2 and the gate g = sigmoid(2 z_g), an LSTM cell is
+* No call of tanh, which costs six times what sigmoid does: tanh x = 2 sigmoid(2x) - 1. So sigmoid is evaluated
+  once on the rows (i, f, o, g) of a layer together, with twice the weights for g; and with c' = 2c a cell is
 
-      c'_t = f c'_{t-1} + 4 i (g - 1/2)        h'_t = o (sigmoid(c'_t) - 1/2)
+      c'_t = f c'_{t-1} + 2 i g        h_t = o tau,  tau = tanh(c'_t / 2) = 2 sigmoid(c'_t) - 1
 
-  and the factors go into the weights. sigmoid is evaluated once on the rows (i, f, o, g) of a layer together.
-* Backwards a wave needs the wave after it and nothing else, so all layers of a wave share each call, and two
-  products are left: one for the gradient of every weight, bias and readout included, one for the h of the wave
-  before.
+* Backwards a wave needs the wave after it and nothing else, so all layers of a wave share each pointwise call.
+  The gradients of all weights of a layer, bias and readout included, are one product.
 
 Blocks of coordinates are independent of each other, so each is walked through with its buffers in the cache.
 """
@@ -27,6 +26,12 @@ import torch
 from torch import Tensor
 
 _sigmoid_backward = torch.ops.aten.sigmoid_backward.grad_input
+_tanh_backward = torch.ops.aten.tanh_backward.grad_input
+
+
+def _padded(rows: int) -> int:
+    """The next multiple of 8: a product with that many rows is a third faster."""
+    return -(-rows // 8) * 8
 
 
 class LSTMShape(NamedTuple):
@@ -46,24 +51,26 @@ class LSTMShape(NamedTuple):
 
     @property
     def num_rows(self) -> int:
-        """Rows of an input buffer, padded with zeros to a multiple of 8: the products are a third faster."""
-        return -(-(self.row(-1) + self.input_size) // 8) * 8
-
-    @property
-    def gate_rows(self) -> int:
-        """Rows of all gates of all layers."""
-        return 4 * self.hidden_size * self.num_layers
+        """Rows of an input buffer, so many that every layer finds its own padded."""
+        return max(self.row(layer) + _padded(self.fan_in(layer)) for layer in range(self.num_layers))
 
     def floats_per_step(self) -> int:
         """Numbers kept for one coordinate and one inner step until the backward pass."""
         return self.num_rows + 6 * self.hidden_size * self.num_layers
 
+    def zero_gradients(self, like: Tensor) -> list[Tensor]:
+        """What `Block.backward` adds to: a layer's `[1 + 4 H, padded fan_in]`; the top one's row 0 is the readout's."""
+        rows = 1 + 4 * self.hidden_size
+        return [like.new_zeros(rows, _padded(self.fan_in(layer))) for layer in range(self.num_layers)]
+
 
 class PackedWeights(NamedTuple):
-    """Weights in the kernel's order, signs and scales; see the module's docstring."""
+    """Weights in the kernel's order and scales; see the module's docstring."""
 
     forward: list[Tensor]  # a layer: [4 H, fan_in], rows (i, f, o, g)
-    backward: Tensor  # [num_layers H, 1 + gate_rows], gradient of readout and gates -> of the h of the wave before
+    top: Tensor  # [2 H, 1 + 4 H], or [H, 1 + 4 H] for one layer: top layer's gradients -> of the h below, of its own h
+    own: list[Tensor]  # a layer: [H, 4 H], gradients of the gates -> of its own h
+    below: list[Tensor]  # a layer: [fan_in - H - 1, 4 H], gradients of the gates -> of what is below
     readout: Tensor  # [1, H + 1]
 
 
@@ -93,39 +100,33 @@ def pack(
         readout: Weight `[1, H]` and bias `[1]` of the linear readout.
         output_scale: Factor on the readout.
     """
-    h, top = shape.hidden_size, shape.num_layers - 1
-    forward = []
-    backward = readout[0].new_zeros(shape.num_layers, h, 1 + shape.gate_rows)
-    blocks = torch.unflatten(backward[..., 1:], 2, (4, shape.num_layers, h))  # [to layer, h, gate, from layer, h]
-    for layer, (weight_ih, weight_hh, bias) in enumerate(layers):
-        under = 2 * weight_ih if layer else weight_ih  # h' = h / 2
-        full = _swap_gates(torch.cat([2 * weight_hh, bias[:, None], under], 1))
-        full = full * _gate_scale(full, 1, 1, 1, 2)
-        forward.append(full.contiguous())
-        back = torch.unflatten((full * _gate_scale(full, 4, 1, 1, 4)).t(), 1, (4, h))
-        blocks[layer, :, :, layer] = back[:h]
-        if layer:
-            blocks[layer - 1, :, :, layer] = back[h + 1 :]
-    out = output_scale * torch.cat([2 * readout[0], readout[1][:, None]], 1)
-    backward[top, :, 0] = out[0, :h]
-    return PackedWeights(forward, backward.flatten(0, 1), out)
+    h = shape.hidden_size
+    out = output_scale * torch.cat([readout[0], readout[1][:, None]], 1)
+    forward, own, below = [], [], []
+    for weight_ih, weight_hh, bias in layers:
+        full = _swap_gates(torch.cat([weight_hh, bias[:, None], weight_ih], 1))
+        forward.append(full * _gate_scale(full, 1, 1, 1, 2))
+        back = (full * _gate_scale(full, 2, 1, 1, 2)).t().contiguous()  # the 2 of 2 i g
+        own.append(back[:h])
+        below.append(back[h + 1 :])
+    top = torch.cat([out[:, :h].t(), own[-1]], 1)
+    if shape.num_layers > 1:  # an update does not reach the h below
+        top = torch.cat([torch.cat([top.new_zeros(h, 1), below[-1]], 1), top])
+    return PackedWeights(forward, top, own, below, out)
 
 
 def unpack_gradients(
-    shape: LSTMShape, gradient: Tensor, output_scale: float
+    shape: LSTMShape, gradients: Sequence[Tensor], output_scale: float
 ) -> tuple[list[tuple[Tensor, Tensor, Tensor]], tuple[Tensor, Tensor]]:
     """Gradients of the weights given to `pack`, from what `Block.backward` gathered."""
-    h, top = shape.hidden_size, shape.num_layers - 1
-    by_layer = torch.unflatten(gradient[1:], 0, (4, shape.num_layers, h))
+    h = shape.hidden_size
     layers = []
-    for layer in range(shape.num_layers):
-        first = shape.row(layer)
-        full = by_layer[:, layer, :, first : first + shape.fan_in(layer)].flatten(0, 1)
-        full = _swap_gates(full * _gate_scale(full, 4, 1, 1, 8))
-        under = full[:, h + 1 :]
-        layers.append((2 * under if layer else under, 2 * full[:, :h], full[:, h]))
-    last = gradient[:1, shape.row(top) :] * output_scale
-    return layers, (2 * last[:, :h], last[:, h])
+    for layer, gradient in enumerate(gradients):
+        full = gradient[1:, : shape.fan_in(layer)]
+        full = _swap_gates(full * _gate_scale(full, 2, 1, 1, 2))
+        layers.append((full[:, h + 1 :], full[:, :h], full[:, h]))
+    last = output_scale * gradients[-1][:1]
+    return layers, (last[:, :h], last[:, h])
 
 
 class Scratch:
@@ -133,33 +134,31 @@ class Scratch:
 
     def __init__(self, shape: LSTMShape, size: int, *, like: Tensor) -> None:
         h, layers = shape.hidden_size, shape.num_layers
-        self.half = like.new_tensor(0.5)  # a Python number would be made a tensor anew at every call
+        self.minus_one = like.new_tensor(-1.0)  # a Python number would be made a tensor anew at every call
         self.gates = like.new_empty(4 * h, size)
-        self.centred = like.new_empty(h, size)
-        self.halves = like.new_empty(2, layers, h, size)  # g - 1/2, sigmoid(c') - 1/2
         self.inner = like.new_empty(layers, h, size)
         self.d_cell = like.new_empty(layers, h, size)
-        # rows: gradient of the readout | of the gates i, f, o, g | of the cell that goes to the wave before
-        self.d_rows = like.new_empty(1 + 5 * layers * h, size)
-        self.d_readout = self.d_rows[:1]
-        self.d_joint = self.d_rows[: 1 + 4 * layers * h]
-        parts = torch.unflatten(self.d_rows[1:], 0, (5, layers, h))
-        self.d_gates, self.d_i, self.d_f, self.d_o = parts[:4], parts[0], parts[1], parts[2]
-        self.d_g_carry, self.d_carry = parts[3:], parts[4]
+        # rows of a layer: gradient of the readout (top layer) | of i, f, o, g | of the cell, for the wave before
+        rows = like.new_empty(layers, 1 + 5 * h, size)
+        self.d_readout, self.d_top = rows[-1, :1], rows[-1, : 1 + 4 * h]
+        self.d_layers = list(rows[:, 1 : 1 + 4 * h].unbind())
+        parts = torch.unflatten(rows[:, 1:], 1, (5, h))
+        self.d_i, self.d_f, self.d_o, self.d_g, self.d_carry = parts.unbind(1)
+        self.d_sigmoids, self.d_g_carry = parts[:, :3], parts[:, 3:]
         self.d_hidden = like.new_empty(layers, h, size)
-        self.d_hidden_rows = self.d_hidden.view(layers * h, size)
+        self.d_hidden_top_two = self.d_hidden[-2:].flatten(0, 1)
 
 
 class _Cell(NamedTuple):
     """One layer at one step: views made once, for a view costs as much as a small product."""
 
     inputs: Tensor  # [fan_in, size]
-    gates: Tensor  # [4, H, size], with the parts i, f, o, g below
+    gates: Tensor  # [4 H, size], with the parts i, f, o, g below
     i: Tensor
     f: Tensor
     o: Tensor
     g: Tensor
-    sigma: Tensor  # sigmoid(c')
+    tau: Tensor
     cell_before: Tensor
     cell: Tensor
     hidden: Tensor
@@ -168,12 +167,12 @@ class _Cell(NamedTuple):
 class _Wave(NamedTuple):
     """All layers at one wave, for the backward pass."""
 
-    inputs_t: Tensor  # [size, num_rows]
-    gates: Tensor  # [4, num_layers, H, size]
-    i_f: Tensor
-    o: Tensor
-    g_sigma: Tensor
-    sigma: Tensor
+    inputs_t: list[Tensor]  # a layer: [size, padded fan_in]
+    sigmoids: Tensor  # [num_layers, 3, H, size], i, f, o
+    i_f: Tensor  # [num_layers, 2, H, size]
+    o: Tensor  # [num_layers, H, size], as all that follow
+    g: Tensor
+    tau: Tensor
     cell_before: Tensor
 
 
@@ -193,13 +192,13 @@ class Block:
         self.shape, self.num_steps, self.scratch = shape, num_steps, scratch
         waves = num_steps + layers - 1
         inputs = like.new_zeros(waves + 1, shape.num_rows, size)
-        gates = like.new_empty(waves, 5, layers, h, size)
+        gates = like.new_empty(waves, layers, 5, h, size)
         cells = like.new_empty(waves + 1, layers, h, size)
         for layer in range(layers):
             inputs[:, shape.row(layer) + h] = 1.0
             # A layer does not take part in the first and last waves: zeros there keep its gradients zero.
             for wave in (*range(layer), *range(num_steps + layer, waves)):
-                gates[wave, :, layer] = 0.0
+                gates[wave, layer] = 0.0
                 cells[wave, layer] = 0.0
         self.x = [inputs[s, shape.row(-1) : shape.row(-1) + shape.input_size] for s in range(num_steps)]
         self.hidden = [
@@ -210,80 +209,89 @@ class Block:
         self.readout = [inputs[s + layers, : h + 1] for s in range(num_steps)]
         self.steps = [[self._cell(inputs, gates, s, layer) for layer in range(layers)] for s in range(num_steps)]
         self.waves = [
-            _Wave(inputs[k].t(), kept[:4], kept[:2], kept[2], kept[3:], kept[4], cells[k])
+            _Wave(
+                [inputs[k, shape.row(n) : shape.row(n) + _padded(shape.fan_in(n))].t() for n in range(layers)],
+                kept[:, :3],
+                kept[:, :2],
+                *kept[:, 2:].unbind(1),
+                cells[k],
+            )
             for k, kept in enumerate(gates)
         ]
 
     def _cell(self, inputs: Tensor, gates: Tensor, step: int, layer: int) -> _Cell:
-        first = self.shape.row(layer)
-        i, f, o, g, sigma = gates[step + layer, :, layer].unbind()
+        first, kept = self.shape.row(layer), gates[step + layer, layer]
+        i, f, o, g, tau = kept.unbind()
         return _Cell(
             inputs[step + layer, first : first + self.shape.fan_in(layer)],
-            gates[step + layer, :4, layer],
-            *(i, f, o, g, sigma),
+            kept[:4].flatten(0, 1),
+            *(i, f, o, g, tau),
             self.cells[step][layer],
             self.cells[step + 1][layer],
             self.hidden[step + 1][layer],
         )
 
     def load(self, state: Tensor) -> None:
-        """Start from `state` `[2 H num_layers, size]`, rows (h, c) a layer, the LSTM's own h and c."""
+        """Start from `state` `[2 H num_layers, size]`, rows (h, c) a layer."""
         parts = torch.unflatten(state, 0, (self.shape.num_layers, 2, self.shape.hidden_size))
         for part, hidden, cell in zip(parts, self.hidden[0], self.cells[0], strict=True):
-            torch.mul(part[0], 0.5, out=hidden)
+            hidden.copy_(part[0])
             torch.mul(part[1], 2.0, out=cell)
 
     def store(self, step: int, state: Tensor) -> None:
         """Write the state after `step` inner steps to `state` `[2 H num_layers, size]`."""
         parts = torch.unflatten(state, 0, (self.shape.num_layers, 2, self.shape.hidden_size))
         for part, hidden, cell in zip(parts, self.hidden[step], self.cells[step], strict=True):
-            torch.mul(hidden, 2.0, out=part[0])
+            part[0].copy_(hidden)
             torch.mul(cell, 0.5, out=part[1])
 
     def forward(self, step: int, x: Tensor, weights: PackedWeights, update: Tensor | None) -> None:
         """Inner step `step`: from x `[input_size, size]` to `update` `[1, size]` (None: not needed)."""
-        gates, centred, half = self.scratch.gates, self.scratch.centred, self.scratch.half
-        gates_by_kind = gates.view(4, self.shape.hidden_size, -1)
+        gates, minus_one = self.scratch.gates, self.scratch.minus_one
         self.x[step].copy_(x)
         for weight, v in zip(weights.forward, self.steps[step], strict=True):
             torch.mm(weight, v.inputs, out=gates)
-            torch.sigmoid(gates_by_kind, out=v.gates)
-            torch.sub(v.g, half, out=centred)
+            torch.sigmoid(gates, out=v.gates)
+            torch.add(minus_one, v.g, alpha=2.0, out=v.g)
             torch.mul(v.f, v.cell_before, out=v.cell)
-            v.cell.addcmul_(v.i, centred, value=4.0)
-            torch.sigmoid(v.cell, out=v.sigma)
-            torch.sub(v.sigma, half, out=centred)
-            torch.mul(v.o, centred, out=v.hidden)
+            v.cell.addcmul_(v.i, v.g, value=2.0)
+            torch.sigmoid(v.cell, out=v.tau)
+            torch.add(minus_one, v.tau, alpha=2.0, out=v.tau)
+            torch.mul(v.o, v.tau, out=v.hidden)
         if update is not None:
             torch.mm(weights.readout, self.readout[step], out=update)
 
-    def backward(self, cotangents: Tensor, weights: PackedWeights, gradient: Tensor) -> None:
-        """Add the gradient of sum(cotangents * updates) to `gradient`.
+    def backward(self, cotangents: Tensor, weights: PackedWeights, gradients: Sequence[Tensor]) -> None:
+        """Add the gradient of sum(cotangents * updates) to `gradients`.
 
         Args:
             cotangents: `[num_steps, size]`.
             weights: Those of the forward pass.
-            gradient: `[1 + gate_rows, num_rows]`; row 0 is the readout's. `unpack_gradients` reads it.
+            gradients: As `LSTMShape.zero_gradients` makes them and `unpack_gradients` reads them.
         """
-        s, top = self.scratch, self.shape.num_layers - 1
-        centred_g, centred_sigma = s.halves
+        s, h, top = self.scratch, self.shape.hidden_size, self.shape.num_layers - 1
         s.d_hidden.zero_()
-        torch.mm(weights.readout[:, : self.shape.hidden_size].t(), cotangents[-1:], out=s.d_hidden[top])
-        gradient[:1, : self.shape.hidden_size + 1].addmm_(cotangents[-1:], self.readout[-1].t())
         s.d_carry.zero_()
+        torch.mm(weights.readout[:, :h].t(), cotangents[-1:], out=s.d_hidden[top])
+        gradients[top][:1, : h + 1].addmm_(cotangents[-1:], self.readout[-1].t())
+        without_readout = [gradient[1:] for gradient in gradients]
         for wave in range(len(self.waves) - 1, -1, -1):
             v = self.waves[wave]
+            torch.mul(s.d_hidden, v.tau, out=s.d_o)
+            torch.mul(s.d_hidden, v.o, out=s.inner)
+            _tanh_backward(s.inner, v.tau, grad_input=s.inner)
+            torch.add(s.d_carry, s.inner, alpha=0.5, out=s.d_cell)
+            torch.mul(s.d_cell, v.g, out=s.d_i)
+            torch.mul(s.d_cell, v.cell_before, out=s.d_f)
+            torch.mul(s.d_cell.unsqueeze(1), v.i_f, out=s.d_g_carry)
+            _sigmoid_backward(s.d_sigmoids, v.sigmoids, grad_input=s.d_sigmoids)
+            _tanh_backward(s.d_g, v.g, grad_input=s.d_g)
             before = wave - top - 1  # the top layer's step before this wave's: its update is read out here
             s.d_readout.copy_(cotangents[before]) if before >= 0 else s.d_readout.zero_()
-            torch.sub(v.g_sigma, s.half, out=s.halves)
-            torch.mul(s.d_hidden, centred_sigma, out=s.d_o)
-            torch.mul(s.d_hidden, v.o, out=s.inner)
-            _sigmoid_backward(s.inner, v.sigma, grad_input=s.inner)
-            torch.add(s.d_carry, s.inner, out=s.d_cell)
-            torch.mul(s.d_cell, centred_g, out=s.d_i)
-            torch.mul(s.d_cell, v.cell_before, out=s.d_f)
-            torch.mul(s.d_cell, v.i_f, out=s.d_g_carry)
-            _sigmoid_backward(s.d_gates, v.gates, grad_input=s.d_gates)
-            gradient.addmm_(s.d_joint, v.inputs_t)
-            if wave:
-                torch.mm(weights.backward, s.d_joint, out=s.d_hidden_rows)
+            gradients[top].addmm_(s.d_top, v.inputs_t[top])
+            torch.mm(weights.top, s.d_top, out=s.d_hidden_top_two)
+            for layer in range(top - 1, -1, -1):
+                without_readout[layer].addmm_(s.d_layers[layer], v.inputs_t[layer])
+                s.d_hidden[layer].addmm_(weights.own[layer], s.d_layers[layer])
+                if layer:
+                    torch.mm(weights.below[layer], s.d_layers[layer], out=s.d_hidden[layer - 1])
