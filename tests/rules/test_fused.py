@@ -1,0 +1,74 @@
+"""The compiled part gives what torch's operators give, and is never needed."""
+
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from lightning_l2l.rules import CoordinatewiseLSTM, fused, lstm_kernel
+
+compiler = pytest.mark.skipif(shutil.which(os.environ.get("CC", "cc")) is None, reason="no C compiler here")
+
+
+def run(rule, gradients, cotangents, memory):
+    unroller = rule.unroller(gradients.shape[1], len(gradients), memory=memory, block=900)
+    unroller.begin(rule.init_state(gradients.shape[1]))
+    updates = torch.stack([unroller.step(g).clone() for g in gradients])
+    return [updates, *unroller.gradients(cotangents)]
+
+
+@compiler
+@pytest.mark.parametrize("memory", ["fast", "flat"])
+@pytest.mark.parametrize("num_layers", [1, 2, 3])
+def test_compiled_and_plain_agree(monkeypatch, num_layers, memory):
+    assert fused.fused_for(torch.empty(0)) is not None
+    torch.manual_seed(0)
+    rule = CoordinatewiseLSTM(num_layers=num_layers)
+    gradients, cotangents = torch.randn(20, 2000) * 0.1, torch.randn(20, 2000)
+    compiled = run(rule, gradients, cotangents, memory)
+    monkeypatch.setattr(lstm_kernel, "fused_for", lambda like: None)
+    plain = run(rule, gradients, cotangents, memory)
+    torch.testing.assert_close(compiled[0], plain[0], rtol=1e-5, atol=1e-7)
+    for a, b in zip(compiled[1:], plain[1:], strict=True):
+        assert (a - b).norm() < 1e-5 * b.norm()
+
+
+@compiler
+def test_compiled_sigmoid_is_accurate_saturates_and_lets_nan_through():
+    library = fused.fused_for(torch.empty(0))
+    x = torch.cat([torch.linspace(-80, 80, 9995), torch.tensor([0.0, -1e30, 1e30, torch.inf, torch.nan])])
+    n = len(x)
+    z, before = torch.stack([x] * 4), torch.zeros(n)
+    kept, cell, hidden = torch.empty(5, n), torch.empty(n), torch.empty(n)
+    library.cell_forward(n, *(t.data_ptr() for t in (z, before, kept, cell, hidden)))
+    want = torch.sigmoid(x.double())
+    torch.testing.assert_close(kept[0][:9996].double(), want[:9996], rtol=2e-6, atol=0)
+    torch.testing.assert_close(kept[0][-4:-1], torch.tensor([0.0, 1.0, 1.0]), rtol=0, atol=1e-37)
+    assert all(t[-1].isnan() for t in (*kept, cell, hidden))
+
+
+def test_only_float32_on_the_cpu_is_compiled():
+    assert fused.fused_for(torch.empty(0, dtype=torch.float64)) is None
+    assert fused.fused_for(torch.empty(0, device="meta")) is None
+
+
+@pytest.mark.parametrize(
+    "environment", [{"LIGHTNING_L2L_FUSED": "0"}, {"CC": "no-such-compiler"}, {"CC": "false"}], ids=str
+)
+def test_without_it_all_goes_on(environment, tmp_path):
+    code = (
+        "import torch; from lightning_l2l.rules import CoordinatewiseLSTM, fused; "
+        "assert fused.fused_for(torch.empty(0)) is None; "
+        "u = CoordinatewiseLSTM().unroller(5, 1); u.begin(torch.zeros(80, 5)); print(u.step(torch.ones(5)).shape)"
+    )
+    found = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "XDG_CACHE_HOME": str(tmp_path), **environment},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert "torch.Size([5])" in found.stdout
