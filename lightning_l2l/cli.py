@@ -40,7 +40,7 @@ DEFAULTS: dict[str, Any] = {
 }
 
 TRAINER_DEFAULTS: dict[str, Any] = {
-    "max_epochs": 40,
+    "max_epochs": 30,
     "log_every_n_steps": 10,
     "inference_mode": False,  # evaluation trains optimizees, which needs gradients
     "accelerator": "auto",

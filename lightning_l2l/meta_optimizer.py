@@ -95,9 +95,13 @@ class MetaOptimizer(LightningModule):
         self.skipped = self.skipped_in_a_row = 0
         # "disable": a loss that is no number must show, not drop out of the mean.
         self.final_loss, self.meta_loss = MeanMetric(nan_strategy="disable"), MeanMetric(nan_strategy="disable")
+        try:
+            described = {"task": describe(task)}
+        except ValueError:  # somebody's own network; who loads the checkpoint has to bring it along
+            described = {}
         self.save_hyperparameters(
             {
-                "task": describe(task),
+                **described,
                 "rule": describe(rule),
                 "num_steps": num_steps,
                 "unroll_length": unroll_length,

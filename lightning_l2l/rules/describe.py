@@ -6,6 +6,8 @@ import inspect
 from collections.abc import Iterator
 from typing import Any
 
+from torch import Tensor, nn
+
 from lightning_l2l.rules.base import UpdateRule
 
 PLAIN = (bool, int, float, str, type(None))
@@ -21,17 +23,24 @@ def describe(thing: object) -> dict[str, Any]:
         `{"class_path": ..., "init_args": {...}}` of plain types alone, as LightningCLI writes it. Arguments that
         are objects are described likewise; functions are named.
 
+    Raises:
+        ValueError: An argument is not kept under its name, or is something that cannot be described.
+
     Example:
         >>> from lightning_l2l.tasks import Quadratic
         >>> describe(Quadratic(dim=3))
         {'class_path': 'lightning_l2l.tasks.quadratic.Quadratic', 'init_args': {'dim': 3}}
     """
-    names = [
-        p.name
-        for p in inspect.signature(type(thing).__init__).parameters.values()
-        if p.name != "self" and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)
-    ]
-    arguments = {name: _plain(getattr(thing, name)) for name in names if hasattr(thing, name)}
+    arguments = {}
+    if type(thing).__init__ not in (object.__init__, nn.Module.__init__):
+        for parameter in list(inspect.signature(type(thing).__init__).parameters.values())[1:]:
+            missing = parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
+            if missing or not hasattr(thing, parameter.name):
+                raise ValueError(
+                    f"{_path(type(thing))} does not keep its argument {parameter.name!r}; "
+                    f"set self.{parameter.name} in its constructor, so that a checkpoint can say what it was"
+                )
+            arguments[parameter.name] = _plain(getattr(thing, parameter.name))
     return {"class_path": _path(type(thing)), "init_args": arguments}
 
 
@@ -46,6 +55,8 @@ def _plain(value: Any) -> Any:
         return [_plain(v) for v in value]
     if isinstance(value, dict):
         return {str(k): _plain(v) for k, v in value.items()}
+    if isinstance(value, Tensor):
+        raise ValueError(f"a tensor of shape {list(value.shape)} is no argument that a checkpoint can describe")
     return _path(value) if inspect.isroutine(value) or inspect.isclass(value) else describe(value)
 
 

@@ -54,6 +54,8 @@ class MLP(nn.Module):
             raise ValueError(f"num_layers={num_layers} must be at least 0 (it counts the hidden layers)")
         if activation not in ACTIVATIONS:
             raise ValueError(f"activation={activation!r} is unknown; use one of {', '.join(ACTIVATIONS)}")
+        self.in_features, self.out_features = in_features, out_features
+        self.hidden_size, self.num_layers, self.activation = hidden_size, num_layers, activation
         layers: list[nn.Module] = [nn.Flatten()]
         width = in_features
         for _ in range(num_layers):
