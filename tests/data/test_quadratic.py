@@ -36,6 +36,7 @@ def test_bad_dim():
         QuadraticDataModule(dim=0)
 
 
+@pytest.mark.benchmark
 def test_batch_of_128_tasks(benchmark):
     loader = QuadraticDataModule().train_dataloader()
     benchmark(lambda: next(iter(loader)))
