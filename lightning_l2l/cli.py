@@ -92,13 +92,15 @@ class CLI(LightningCLI):
                 callback.test_command_prefix = f"python -m lightning_l2l test --config {shlex.quote(str(config))}"
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        """A resumed run goes on in the folder of the run that it continues."""
-        folder = getattr(self, "_resume_into", None)
+        """Log to TensorBoard where nothing else is asked for; a resumed run goes on in the folder of the first."""
         config = self.config_init[self.subcommand]["trainer"]
-        if folder is not None and folder.name.startswith("version_") and config["logger"] in (None, True):
-            warnings.filterwarnings("ignore", "Checkpoint directory .* exists and is not empty")  # that is the point
-            version = folder.name.removeprefix("version_")
-            kwargs["logger"] = TensorBoardLogger(folder.parent.parent, folder.parent.name, int(version))
+        if config["logger"] in (None, True):
+            root, name, version = config["default_root_dir"], "lightning_logs", None
+            folder = getattr(self, "_resume_into", None)
+            if folder is not None and folder.name.startswith("version_"):
+                warnings.filterwarnings("ignore", "Checkpoint directory .* exists and is not empty")  # as it should
+                root, name, version = folder.parent.parent, folder.parent.name, int(folder.name[len("version_") :])
+            kwargs["logger"] = TensorBoardLogger(root, name, version, default_hp_metric=False)
         return super().instantiate_trainer(**kwargs)
 
 
