@@ -9,7 +9,6 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-import torch
 from lightning.pytorch import LightningDataModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
@@ -19,6 +18,7 @@ from lightning_l2l import data, rules, tasks  # noqa: F401  # so that YAML can n
 from lightning_l2l.callbacks import LearningCurves
 from lightning_l2l.interrupt import ResumeCheckpoint
 from lightning_l2l.meta_optimizer import MetaOptimizer
+from lightning_l2l.optim import read_checkpoint
 
 LAST = "last"
 
@@ -66,7 +66,7 @@ class CLI(LightningCLI):
         if config["ckpt_path"] == LAST:
             config["ckpt_path"] = str(_newest_last(config))
         path = Path(config["ckpt_path"])
-        _check_checkpoint(path)
+        read_checkpoint(path)  # refuses what it cannot read, in one line
         if command == "fit" and path.name == "last.ckpt" and path.parent.name == "checkpoints":
             self._resume_into = path.resolve().parent.parent
         defaults = self._subcommand_parsers[command].get_defaults()
@@ -114,19 +114,6 @@ def _newest_last(config: Any) -> Path:
             "the checkpoint, or the --trainer.default_root_dir of the run that wrote it"
         )
     return found[-1]
-
-
-def _check_checkpoint(path: Path) -> None:
-    if not path.is_file():
-        raise FileNotFoundError(f"--ckpt_path {str(path)!r}: no such file; give a checkpoint that fit wrote, or 'last'")
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        checkpoint["state_dict"], checkpoint["hyper_parameters"]["rule"]
-    except Exception as error:  # whatever a damaged file makes torch.load raise
-        raise ValueError(
-            f"--ckpt_path {str(path)!r} is damaged or not a checkpoint of this project "
-            f"({type(error).__name__}); give another one, such as best.ckpt beside it"
-        ) from error
 
 
 def main(args: ArgsType = None) -> None:

@@ -173,11 +173,6 @@ class MetaOptimizer(LightningModule):
 
     def evaluate(self, batch: Batch) -> Tensor:
         """Losses `[num_steps + 1, num_tasks]` of the batch's tasks under the rule; row t is f_t(theta_t)."""
-        if torch.is_inference_mode_enabled():
-            raise RuntimeError(
-                "this Trainer has inference_mode=True, under which no optimizee can be trained; "
-                "use Trainer(inference_mode=False)"
-            )
 
         def learned(params: list[Tensor]) -> Optimizer:
             return LearnedOptimizer(params, self.rule)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pickle
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -133,20 +132,9 @@ def load_rule(name_or_path: str | Path) -> UpdateRule:
         ValueError: The file is no checkpoint of a rule, is damaged, or holds a rule of another size.
     """
     path = Path(name_or_path)
-    if not path.is_file():
-        raise FileNotFoundError(f"no rule at {str(path)!r}; give the path of a checkpoint that `fit` wrote")
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, pickle.UnpicklingError, OSError, ValueError, KeyError) as error:
-        raise ValueError(
-            f"{str(path)!r} cannot be read as a checkpoint (damaged, or with code in it): "
-            f"{str(error).splitlines()[0] if str(error) else type(error).__name__}"
-        ) from error
-    try:
-        description = checkpoint["hyper_parameters"]["rule"]
-        weights = {k.removeprefix("rule."): v for k, v in checkpoint["state_dict"].items() if k.startswith("rule.")}
-    except (KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{str(path)!r} is no checkpoint of a MetaOptimizer: it holds no rule") from error
+    checkpoint = read_checkpoint(path)
+    description = checkpoint["hyper_parameters"]["rule"]
+    weights = {k.removeprefix("rule."): v for k, v in checkpoint["state_dict"].items() if k.startswith("rule.")}
     rule = build_rule(description)
     try:
         rule.load_state_dict(weights)
@@ -155,3 +143,26 @@ def load_rule(name_or_path: str | Path) -> UpdateRule:
             f"the weights in {str(path)!r} do not fit the rule it describes ({description}): it is damaged"
         ) from error
     return rule.eval().requires_grad_(False)
+
+
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """A checkpoint of `MetaOptimizer`, read without executing anything in it.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: The file is damaged, has code in it, or is no checkpoint of a rule.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"no rule at {str(path)!r}; give the path of a checkpoint that `fit` wrote")
+    try:
+        checkpoint: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # whatever a damaged file makes torch.load raise
+        raise ValueError(
+            f"{str(path)!r} cannot be read as a checkpoint (damaged, or with code in it), give another one: "
+            f"{str(error).splitlines()[0] if str(error) else type(error).__name__}"
+        ) from error
+    try:
+        checkpoint["hyper_parameters"]["rule"], checkpoint["state_dict"].items()
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{str(path)!r} is no checkpoint of a MetaOptimizer: it holds no rule") from error
+    return checkpoint
