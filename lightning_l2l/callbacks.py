@@ -19,26 +19,16 @@ from lightning.pytorch.utilities import CombinedLoader
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.seed import isolate_rng
 from matplotlib.figure import Figure
-from tensorboard.compat.proto.event_pb2 import Event, SessionLog  # type: ignore[import-untyped]
 from torch import Tensor, distributed
 from torch.utils.data import DataLoader
 from torch.utils.tensorboard import SummaryWriter
 
-from lightning_l2l.comparison import (
-    Baseline,
-    Batch,
-    Result,
-    Tuned,
-    find_baselines,
-    rollout,
-    tune,
-    write_comparison,
-    write_curves,
-    write_predictions,
-)
+from lightning_l2l.comparison import Baseline, Batch, Rollout, Tuned, find_baselines, rollout, tune
 from lightning_l2l.figures import learning_curves
-from lightning_l2l.tables import best_final_loss, comparison_table, print_table, summary_table
+from lightning_l2l.results import Result, write_comparison, write_curves, write_predictions
+from lightning_l2l.tables import Budget, comparison_tables, print_table, summary_table
 from lightning_l2l.tasks import Task
+from lightning_l2l.tensorboard import curve_folder, tensorboards, write_curve, write_test
 
 #: Name of the rule in tables, log keys and files.
 LEARNED = "learned"
@@ -50,22 +40,25 @@ class LearningCurves(Callback):
 
     All run on the same tasks, starting points and minibatches, and by the same function. Learning rates are
     tuned once, at the first validation (as a rule the sanity check, before training), by the mean final loss
-    over all validation tasks. Then:
+    over all validation tasks; a task's final loss is the mean over the module's last `final_steps` steps. Then:
 
     * validation, in TensorBoard: the figure `val/learning_curves` against the number of *outer steps*, and a
       run per optimizer under `curves/`, whose scalar `val/loss_by_inner_step` overlays in one chart; that of
       the rule is always from the newest validation. Logs `val/<name>/final_loss` of the baselines.
-    * end of `fit`: a table with the best checkpoint's final loss, and the commands to type next.
-    * `test`: a table, `comparison.csv`, `curves.csv` and `curves.png` in the log folder; logs
-      `test/<name>/final_loss`.
+    * end of `fit`: a table with the best checkpoint's final loss, and the commands to type next. The run's
+      hyperparameters with that loss, in TensorBoard's HParams.
+    * `test`: tables, `comparison.csv`, `curves.csv` and `curves.png` in the log folder; logs
+      `test/<name>/final_loss`. The same in TensorBoard: the figure `test/learning_curves`, and a run per
+      optimizer under `curves/` with `test/loss_by_inner_step` and its figures as HParams.
     * `predict`: `predictions.csv` in the log folder.
 
-    It works with modules that have `task` and `num_steps` and whose validation, test and predict steps return
-    `{"losses": Tensor[num_steps + 1, num_tasks]}`. Under `fast_dev_run` no file is written.
+    It works with modules that have `task` and `num_steps` (and `final_steps`, else 1) and whose validation, test
+    and predict steps return the fields of a `Rollout` as a dictionary: at least `"losses"`. Under `fast_dev_run`
+    no file is written.
 
     Args:
         baselines: Names of built-in ones, or `Baseline`s, in YAML
-            `{name: adamw, optimizer: torch.optim.AdamW, options: {weight_decay: 0.1}}`.
+            `{name: adagrad, optimizer: torch.optim.Adagrad, options: {eps: 1.0e-8}}`.
         quantiles: Over the tasks, lower and upper end of the band around a curve.
         every_n_epochs: Number of *epochs* between figures; the last epoch always has one.
         test_command: Command to which the table at the end of `fit` appends the checkpoint.
@@ -76,7 +69,7 @@ class LearningCurves(Callback):
 
     def __init__(
         self,
-        baselines: Sequence[str | Baseline] = ("adam", "rmsprop", "sgd", "nag"),
+        baselines: Sequence[str | Baseline] = ("adam", "rmsprop", "sgd", "nag", "adamw"),
         quantiles: tuple[float, float] = (0.1, 0.9),
         every_n_epochs: int = 1,
         test_command: str | None = None,
@@ -96,7 +89,7 @@ class LearningCurves(Callback):
         self.tuned: list[Tuned] = []
         self.results: list[Result] = []  # of the last validation or test, the rule's first
         self._num_tuning_tasks = 0
-        self._losses: dict[str, list[Tensor]] = {}  # of the batches since the loop started
+        self._runs: dict[str, list[Rollout]] = {}  # of the batches since the loop started
         self._baseline_results: list[Result] = []
         self._learned_writers: dict[str, SummaryWriter] = {}
 
@@ -113,16 +106,16 @@ class LearningCurves(Callback):
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Tune the baselines, the first time."""
-        self._losses = {LEARNED: []}
+        self._runs = {LEARNED: []}
         self._loaders = trainer.val_dataloaders
         if self.baselines and not self.tuned:
             self._tune(trainer, pl_module, self._loaders)
             for tuned in self.tuned:
-                result = Result(tuned.baseline.name, _gather(trainer, tuned.losses), tuned.lr)
+                result = self._result(trainer, pl_module, tuned.baseline.name, tuned.rollouts, tuned.lr)
                 self._baseline_results.append(result)
-                for logger in _tensorboards(trainer):
-                    with SummaryWriter(str(_curve_folder(logger, result.name)), purge_step=0) as writer:
-                        _write_curve(writer, result)
+                for logger in tensorboards(trainer):
+                    with SummaryWriter(curve_folder(logger, result.name), purge_step=0) as writer:
+                        write_curve(writer, result, "val")
 
     def on_validation_batch_end(
         self,
@@ -135,24 +128,24 @@ class LearningCurves(Callback):
     ) -> None:
         """Collect the rule's losses."""
         if not trainer.sanity_checking:  # that one sees a few batches only
-            self._losses[LEARNED].append(outputs["losses"])
+            self._runs[LEARNED].append(Rollout(**outputs))
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Show the curves."""
-        if not self._losses[LEARNED]:
+        if not self._runs[LEARNED]:
             return
-        learned = Result(LEARNED, _gather(trainer, torch.cat(self._losses[LEARNED], 1)))
+        learned = self._result(trainer, pl_module, LEARNED, self._runs[LEARNED])
         self.results = [learned, *self._baseline_results]
         for result in self._baseline_results:
             pl_module.log(f"val/{result.name}/final_loss", result.final_loss, sync_dist=True)
-        for logger in _tensorboards(trainer):
+        for logger in tensorboards(trainer):
             self._show(trainer, logger)
 
     def _show(self, trainer: Trainer, logger: TensorBoardLogger) -> None:
-        folder = str(_curve_folder(logger, LEARNED))
+        folder = curve_folder(logger, LEARNED)
         if folder not in self._learned_writers:
             self._learned_writers[folder] = SummaryWriter(folder, purge_step=0)
-        _write_curve(self._learned_writers[folder], self.results[0])
+        write_curve(self._learned_writers[folder], self.results[0], "val")
         done, last = trainer.current_epoch + 1, trainer.max_epochs
         if trainer.state.fn != TrainerFn.FITTING or done % self.every_n_epochs == 0 or done == last:
             figure = self._draw("validation")
@@ -173,10 +166,13 @@ class LearningCurves(Callback):
         checkpoint = _best_checkpoint(trainer)
         best = None if checkpoint is None else checkpoint.best_model_score
         print_table(summary_table(self.results, None if best is None else float(best)))
+        if best is not None:
+            for logger in tensorboards(trainer):
+                logger.log_hyperparams(pl_module.hparams_initial, {"hp/final_loss": best})
         if checkpoint is not None:
             path = shlex.quote(_shown(checkpoint.best_model_path))
             print(f"Compare on test tasks:  {self.test_command_prefix} --ckpt_path {path}")
-        for logger in _tensorboards(trainer)[:1]:
+        for logger in tensorboards(trainer)[:1]:
             print(f"Look at the curves:     tensorboard --logdir {shlex.quote(_shown(logger.log_dir))}")
 
     # Test
@@ -188,7 +184,7 @@ class LearningCurves(Callback):
             given = trainer.datamodule, pl_module  # type: ignore[attr-defined]
             sources = [s for s in given if s and is_overridden("val_dataloader", s)]
             self._tune(trainer, pl_module, sources[0].val_dataloader() if sources else self._loaders)
-        self._losses = {name: [] for name in (LEARNED, *(b.name for b in self.baselines))}
+        self._runs = {name: [] for name in (LEARNED, *(b.name for b in self.baselines))}
 
     def on_test_batch_end(
         self,
@@ -200,27 +196,29 @@ class LearningCurves(Callback):
         dataloader_idx: int = 0,
     ) -> None:
         """Run the baselines on the batch that the rule has been run on."""
-        self._losses[LEARNED].append(outputs["losses"])
+        self._runs[LEARNED].append(Rollout(**outputs))
         task, num_steps = _setting(pl_module)
         for tuned in self.tuned:
-            losses = rollout(tuned.baseline.at(tuned.lr), task, batch, num_steps, pl_module.device)
-            self._losses[tuned.baseline.name].append(losses)
+            run = rollout(tuned.baseline.at(tuned.lr), task, batch, num_steps, pl_module.device)
+            self._runs[tuned.baseline.name].append(run)
 
     def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Print the table and write the files."""
-        if not self._losses[LEARNED]:
+        if not self._runs[LEARNED]:
             return
         rates = {LEARNED: None, **{t.baseline.name: t.lr for t in self.tuned}}
-        self.results = [
-            Result(name, _gather(trainer, torch.cat(losses, 1)), rates[name]) for name, losses in self._losses.items()
-        ]
+        self.results = [self._result(trainer, pl_module, name, runs, rates[name]) for name, runs in self._runs.items()]
         for result in self.results:
             pl_module.log(f"test/{result.name}/final_loss", result.final_loss, sync_dist=True)
         folder = _folder(trainer)
         if trainer.is_global_zero:
-            print_table(comparison_table(self.results, self.tuned, self._num_tuning_tasks))
+            for table in comparison_tables(self.results, self._budget()):
+                print_table(table)
+            for logger in tensorboards(trainer):
+                logger.experiment.add_figure("test/learning_curves", self._draw("test"), trainer.global_step)
+                write_test(logger, self.results)
             if _writes(trainer):
-                write_comparison(folder / "comparison.csv", self.results, best_final_loss(self.results[1:]))
+                write_comparison(folder / "comparison.csv", self.results)
                 write_curves(folder / "curves.csv", self.results, self.quantiles)
                 self._draw("test").savefig(folder / "curves.png")
                 print(f"Written to {_shown(folder)}: comparison.csv, curves.csv, curves.png")
@@ -229,7 +227,7 @@ class LearningCurves(Callback):
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start collecting."""
-        self._losses = {LEARNED: []}
+        self._runs = {LEARNED: []}
 
     def on_predict_batch_end(
         self,
@@ -241,13 +239,13 @@ class LearningCurves(Callback):
         dataloader_idx: int = 0,
     ) -> None:
         """Collect the rule's losses."""
-        self._losses[LEARNED].append(outputs["losses"])
+        self._runs[LEARNED].append(Rollout(**outputs))
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write them."""
-        if not self._losses[LEARNED]:
+        if not self._runs[LEARNED]:
             return
-        losses = _gather(trainer, torch.cat(self._losses[LEARNED], 1))
+        losses = self._result(trainer, pl_module, LEARNED, self._runs[LEARNED]).losses
         path = _folder(trainer) / "predictions.csv"
         if _writes(trainer):
             write_predictions(path, losses)
@@ -278,6 +276,7 @@ class LearningCurves(Callback):
                     batches,
                     num_steps,
                     pl_module.device,
+                    final_steps=_final_steps(pl_module),
                     mean_over_ranks=lambda x: cast(Tensor, trainer.strategy.reduce(x, reduce_op="mean")),
                 )
                 for baseline in self.baselines
@@ -285,9 +284,30 @@ class LearningCurves(Callback):
         found = ", ".join(f"{t.baseline.name} {t.lr:g}" for t in self.tuned)
         pl_module.print(f"Tuned in {time.monotonic() - start:.1f} s: {found}")
 
+    def _budget(self) -> Budget | None:
+        if not self.tuned:
+            return None
+        return Budget({t.baseline.name: len(t.tried) for t in self.tuned}, self._num_tuning_tasks)
+
+    def _result(
+        self, trainer: Trainer, pl_module: LightningModule, name: str, runs: Sequence[Rollout], lr: float | None = None
+    ) -> Result:
+        """The runs of all processes together."""
+        losses = _gather(trainer, torch.cat([run.losses for run in runs], 1))
+        losses = losses.masked_fill(~losses.isfinite(), torch.inf)
+        unseen = {
+            key: _gather(trainer, torch.cat([run.unseen[key] for run in runs])[None])[0] for key in runs[0].unseen
+        }
+        seconds = sum(run.seconds for run in runs) / len(runs) / (len(losses) - 1)
+        return Result(name, losses, lr, _final_steps(pl_module), unseen, seconds)
+
 
 def _setting(pl_module: LightningModule) -> tuple[Task, int]:
     return cast(Task, pl_module.task), cast(int, pl_module.num_steps)
+
+
+def _final_steps(pl_module: LightningModule) -> int:
+    return cast(int, getattr(pl_module, "final_steps", 1))
 
 
 def _best_checkpoint(trainer: Trainer) -> ModelCheckpoint | None:
@@ -301,14 +321,13 @@ def _count(number: int, noun: str) -> str:
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
-def _gather(trainer: Trainer, losses: Tensor) -> Tensor:
-    """Losses of the tasks of all processes, in the order of the tasks: process r of R has r, r + R, ..."""
-    parts = [losses]
+def _gather(trainer: Trainer, values: Tensor) -> Tensor:
+    """Values `[n, num_tasks]` of all processes, in the order of the tasks: process r of R has r, r + R, ..."""
+    parts = [values]
     if trainer.world_size > 1:  # not by the strategy: it calls what torch 2.13 says is deprecated
-        parts = [torch.empty_like(losses) for _ in range(trainer.world_size)]
-        distributed.all_gather(parts, losses.contiguous())
-    together = torch.stack(parts, 2).flatten(1).cpu().double()  # [num_steps + 1, num_tasks]
-    return together.masked_fill(~together.isfinite(), torch.inf)
+        parts = [torch.empty_like(values) for _ in range(trainer.world_size)]
+        distributed.all_gather(parts, values.contiguous())
+    return torch.stack(parts, 2).flatten(1).cpu().double()
 
 
 def _batches(trainer: Trainer, loaders: Any) -> Iterator[Batch]:
@@ -328,26 +347,6 @@ def _independent(loader: Iterable[Any]) -> Iterable[Any]:
     own = copy.copy(loader)
     own._iterator = None
     return own
-
-
-def _tensorboards(trainer: Trainer) -> list[TensorBoardLogger]:
-    """Those that this process writes to."""
-    if not trainer.is_global_zero:
-        return []
-    return [logger for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)]
-
-
-def _curve_folder(logger: TensorBoardLogger, name: str) -> Path:
-    return Path(logger.log_dir) / "curves" / name
-
-
-def _write_curve(writer: SummaryWriter, result: Result) -> None:
-    """Write a curve in the place of the last one: to readers, a session that starts voids what was there."""
-    start = Event(session_log=SessionLog(status=SessionLog.START))
-    cast(Any, writer.file_writer).add_event(start, step=0)
-    for step, loss in enumerate(result.mean.tolist()):
-        writer.add_scalar("val/loss_by_inner_step", loss, step)
-    writer.flush()
 
 
 def _folder(trainer: Trainer) -> Path:

@@ -1,22 +1,22 @@
 """Any `torch.optim.Optimizer` on the same tasks, starting points and minibatches: run, tune, compare.
 
 `rollout` is the one way in which an optimizer is evaluated, learned or not, and it knows nothing but
-`torch.optim.Optimizer`. What it returns becomes a `Result`: the statistics of tables, curves and CSV files.
+`torch.optim.Optimizer`. What it returns becomes a `results.Result`: the statistics of tables, curves and CSV files.
 """
 
 from __future__ import annotations
 
-import csv
 import math
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from lightning_l2l.results import final_losses
 from lightning_l2l.tasks.base import Task, check_losses, init_from_seeds
 
 Batch = Mapping[str, Tensor]
@@ -52,6 +52,7 @@ BASELINES = (
     Baseline("rmsprop", torch.optim.RMSprop),
     Baseline("sgd", torch.optim.SGD),
     Baseline("nag", torch.optim.SGD, {"momentum": 0.9, "nesterov": True}),
+    Baseline("adamw", torch.optim.AdamW),
 )
 
 
@@ -74,7 +75,7 @@ def find_baselines(
         if isinstance(item, str) and item not in by_name:
             raise ValueError(
                 f"unknown baseline {item!r}; use {', '.join(by_name)}, or give an optimizer by its class, as "
-                "{name: adamw, optimizer: torch.optim.AdamW, options: {}}"
+                "{name: adagrad, optimizer: torch.optim.Adagrad, options: {}}"
             )
         baseline = by_name[item] if isinstance(item, str) else item
         if baseline.name in (*reserved, *(b.name for b in found)):
@@ -85,7 +86,22 @@ def find_baselines(
     return tuple(found)
 
 
-def rollout(make_optimizer: MakeOptimizer, task: Task, batch: Batch, num_steps: int, device: torch.device) -> Tensor:
+@dataclass(frozen=True)
+class Rollout:
+    """An episode of the tasks of a batch under an optimizer.
+
+    Attributes:
+        losses: `[num_steps + 1, num_tasks]`, row t is f_t(theta_t); one that is not finite counts as inf.
+        unseen: What `Task.unseen` says of the last parameters, `[num_tasks]` each.
+        seconds: Wall-clock time of all inner steps.
+    """
+
+    losses: Tensor
+    unseen: Mapping[str, Tensor] = field(default_factory=dict)
+    seconds: float = math.nan
+
+
+def rollout(make_optimizer: MakeOptimizer, task: Task, batch: Batch, num_steps: int, device: torch.device) -> Rollout:
     """Optimise the tasks of a batch side by side.
 
     Args:
@@ -94,9 +110,6 @@ def rollout(make_optimizer: MakeOptimizer, task: Task, batch: Batch, num_steps: 
         batch: Data of one episode, `[num_tasks, ...]` each; "seed" determines the starting points.
         num_steps: Inner steps.
         device: Where the optimizees live.
-
-    Returns:
-        Losses `[num_steps + 1, num_tasks]`, row t is f_t(theta_t); one that is not finite counts as inf.
 
     Raises:
         ValueError: The task's loss has the wrong shape, or is not finite at the start.
@@ -112,6 +125,7 @@ def rollout(make_optimizer: MakeOptimizer, task: Task, batch: Batch, num_steps: 
     optimizer = make_optimizer(list(leaves.values()))
     num_tasks = len(batch["seed"])
     losses = []
+    start = time.perf_counter()
     with torch.enable_grad():
         for t in range(num_steps + 1):
             per_task = task.loss({**leaves, **buffers}, batch, t)
@@ -123,8 +137,12 @@ def rollout(make_optimizer: MakeOptimizer, task: Task, batch: Batch, num_steps: 
                 # The sum: each task's gradient is its own, untouched by how many tasks lie beside it.
                 per_task.sum().backward()  # type: ignore[no-untyped-call]
                 optimizer.step()
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)  # the clock must not stop before the device does
+    seconds = time.perf_counter() - start
     stacked = torch.stack(losses)
-    return stacked.masked_fill_(~stacked.isfinite(), math.inf)
+    unseen = task.unseen({**{name: p.detach() for name, p in leaves.items()}, **buffers}, batch)
+    return Rollout(stacked.masked_fill_(~stacked.isfinite(), math.inf), unseen, seconds)
 
 
 @dataclass(frozen=True)
@@ -136,14 +154,14 @@ class Tuned:
         lr: The best learning rate.
         final_loss: Its mean final loss on the tasks it was tuned on.
         tried: Learning rate -> mean final loss, of every point tried.
-        losses: `[num_steps + 1, num_tasks]` at the best learning rate, of this process' tasks.
+        rollouts: Those at the best learning rate, of this process' batches.
     """
 
     baseline: Baseline
     lr: float
     final_loss: float
     tried: Mapping[float, float]
-    losses: Tensor = field(compare=False, repr=False)
+    rollouts: Sequence[Rollout] = field(compare=False, repr=False)
 
 
 def tune(
@@ -153,11 +171,12 @@ def tune(
     num_steps: int,
     device: torch.device,
     *,
+    final_steps: int = 1,
     grid: Iterable[float] = GRID,
     max_widenings: int = 8,
     mean_over_ranks: Callable[[Tensor], Tensor] = lambda x: x,
 ) -> Tuned:
-    """Choose a learning rate by the mean final loss f_T(theta_T), as the paper does.
+    """Choose a learning rate by the mean final loss, as the paper does.
 
     Of equally good ones it takes the smallest; so where every run diverges, it goes on to smaller ones.
 
@@ -167,17 +186,18 @@ def tune(
         batches: The tasks to tune on.
         num_steps: Inner steps.
         device: Where the optimizees live.
+        final_steps: Number of last *inner steps* whose mean is a task's final loss.
         grid: Learning rates to start from, half a decade apart.
         max_widenings: How often the grid may grow by a point while the best lies on its edge.
         mean_over_ranks: Averages a number over the processes that share the tasks.
     """
     tried: dict[float, float] = {}
-    runs: dict[float, Tensor] = {}
+    runs: dict[float, list[Rollout]] = {}
 
     def attempt(lr: float) -> None:
-        make = baseline.at(lr)
-        runs[lr] = torch.cat([rollout(make, task, batch, num_steps, device) for batch in batches], 1)
-        tried[lr] = float(mean_over_ranks(runs[lr][-1].mean()))
+        runs[lr] = [rollout(baseline.at(lr), task, batch, num_steps, device) for batch in batches]
+        final = torch.cat([final_losses(run.losses, final_steps) for run in runs[lr]])
+        tried[lr] = float(mean_over_ranks(final.mean()))
 
     def best() -> float:
         return min(sorted(tried), key=lambda lr: tried[lr])
@@ -198,92 +218,3 @@ def _half_decade(lr: float, direction: int) -> float:
     """The next of ..., 0.1, 0.3, 1, 3, ... after `lr`."""
     half_decades = round(2 * math.log10(lr)) + direction
     return float(f"{(1, 3)[half_decades % 2]}e{half_decades // 2}")
-
-
-@dataclass(frozen=True)
-class Result:
-    """How an optimizer did on a set of tasks.
-
-    Attributes:
-        name: As in tables and log keys.
-        losses: `[num_steps + 1, num_tasks]`, float64 on the CPU, inf where a run diverged.
-        lr: Its learning rate; None where it has none to tune.
-    """
-
-    name: str
-    losses: Tensor
-    lr: float | None = None
-
-    @property
-    def mean(self) -> Tensor:
-        """Mean over the tasks, `[num_steps + 1]`; inf as soon as one of them has diverged."""
-        return self.losses.mean(1)
-
-    def quantile(self, q: float) -> Tensor:
-        """Quantile over the tasks, `[num_steps + 1]`."""
-        found = self.losses.quantile(q, 1)
-        # Interpolation makes nan of inf - inf and of 0 * inf: there the lower of the two neighbours is meant.
-        return torch.where(found.isnan(), self.losses.quantile(q, 1, interpolation="lower"), found)
-
-    @property
-    def final_loss(self) -> float:
-        """Mean over the tasks of f_T(theta_T)."""
-        return float(self.mean[-1])
-
-    @property
-    def final_median(self) -> float:
-        """Median over the tasks of f_T(theta_T)."""
-        return float(self.quantile(0.5)[-1])
-
-    @property
-    def final_standard_error(self) -> float:
-        """Standard error of `final_loss`; nan for a single task or where a run diverged."""
-        num_tasks = self.losses.shape[1]
-        return float(self.losses[-1].std()) / math.sqrt(num_tasks) if num_tasks > 1 else math.nan
-
-    @property
-    def diverged(self) -> float:
-        """Share of the runs that ended at a loss that is not finite."""
-        return 1 - float(self.losses[-1].isfinite().double().mean())
-
-
-def ratio(loss: float, reference: float) -> float:
-    """`loss / reference`; nan where there is nothing to relate to, since the reference is 0 or diverged."""
-    return loss / reference if reference and math.isfinite(reference) else math.nan
-
-
-def write_comparison(path: Path, results: Sequence[Result], reference: float) -> None:
-    """Write a CSV file with one row per optimizer.
-
-    Args:
-        path: Where.
-        results: The rows.
-        reference: Final loss to which "ratio" relates.
-    """
-    header = "optimizer,lr,final_loss,median,standard_error,diverged,ratio,num_tasks,num_steps".split(",")
-    rows: list[list[object]] = []
-    for r in results:
-        rows.append([r.name, "" if r.lr is None else r.lr, r.final_loss, r.final_median, r.final_standard_error])
-        rows[-1] += [r.diverged, ratio(r.final_loss, reference), r.losses.shape[1], len(r.losses) - 1]
-    _write_csv(path, header, rows)
-
-
-def write_curves(path: Path, results: Sequence[Result], quantiles: tuple[float, float]) -> None:
-    """Write a CSV file with one row per optimizer and inner step: mean and two quantiles over the tasks."""
-    columns = [(r.name, [r.mean.tolist(), *(r.quantile(q).tolist() for q in quantiles)]) for r in results]
-    rows = [[name, step, *values] for name, curves in columns for step, values in enumerate(zip(*curves, strict=True))]
-    _write_csv(path, ["optimizer", "step", "mean", *(f"quantile_{q:g}" for q in quantiles)], rows)
-
-
-def write_predictions(path: Path, losses: Tensor) -> None:
-    """Write a CSV file with one row per task and inner step, from losses `[num_steps + 1, num_tasks]`."""
-    curves = losses.T.tolist()
-    rows = [[task, step, loss] for task, curve in enumerate(curves) for step, loss in enumerate(curve)]
-    _write_csv(path, ["task", "step", "loss"], rows)
-
-
-def _write_csv(path: Path, header: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow(header)
-        writer.writerows(rows)

@@ -11,7 +11,7 @@ from matplotlib.ticker import MaxNLocator, NullFormatter
 from numpy.typing import NDArray
 from torch import Tensor
 
-from lightning_l2l.comparison import Result
+from lightning_l2l.results import Result
 
 #: Colours that people with any colour vision can tell apart (Okabe and Ito), strongest contrast first.
 COLOURS = ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000", "#999999")

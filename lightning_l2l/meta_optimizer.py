@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, Literal, cast
 
 import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 from torchmetrics import MeanMetric
 
-from lightning_l2l.comparison import rollout
+from lightning_l2l.comparison import Rollout, rollout
 from lightning_l2l.optim import LearnedOptimizer
+from lightning_l2l.results import final_losses
 from lightning_l2l.rules import UpdateRule
 from lightning_l2l.rules.base import Memory
 from lightning_l2l.rules.describe import describe
@@ -23,6 +24,14 @@ from lightning_l2l.tasks import Task
 from lightning_l2l.unroll import Unroll
 
 Batch = Mapping[str, Tensor]
+LossWeights = Literal["all", "linear", "last"]
+
+#: Number of steps T -> w_1 .. w_T, mean 1.
+LOSS_WEIGHTS: Mapping[str, Callable[[int], list[float]]] = {
+    "all": lambda steps: [1.0] * steps,
+    "linear": lambda steps: [2 * t / (steps + 1) for t in range(1, steps + 1)],
+    "last": lambda steps: [0.0] * (steps - 1) + [float(steps)],
+}
 
 
 class MetaOptimizer(LightningModule):
@@ -34,17 +43,22 @@ class MetaOptimizer(LightningModule):
 
     Logged, against the number of outer steps:
 
-    * `train/meta_loss`: sum over the episode's `num_steps` terms f_t(theta_t), t = 1 .. num_steps, mean over
+    * `train/meta_loss`: sum over the episode's `num_steps` terms w_t f_t(theta_t), t = 1 .. num_steps, mean over
       tasks; `train/meta_gradient_norm`: the largest of the episode, before clipping; `train/skipped`: outer
       steps skipped so far because the meta-gradient was not finite.
-    * `val/final_loss`: f_t(theta_t) at t = num_steps, mean over the validation tasks; `val/meta_loss`: as in
-      training. A diverged task makes both infinite.
+    * `val/final_loss`: f_t(theta_t), mean over the last `final_steps` inner steps and the validation tasks;
+      `val/trajectory_loss`: mean over all inner steps t = 1 .. num_steps; `val/meta_loss`: as in training. A
+      diverged task makes them infinite. `val/unseen_loss`, `val/unseen_accuracy`: of the final optimizees on
+      data that they were not trained on, where the task has any.
 
     Args:
         task: What is optimised.
         rule: By what; its parameters are the meta-parameters.
         num_steps: *Inner steps* of an episode.
         unroll_length: *Inner steps* between truncations; divides `num_steps`.
+        loss_weights: The w_t of the meta-loss, mean 1: "all" weighs every step alike (the paper), "linear" in
+            proportion to t, "last" the last step alone.
+        final_steps: Number of last *inner steps* whose mean loss is the final loss; 1 where a loss has no noise.
         lr: Meta-learning rate, above 0.
         optimizer: The meta-optimizer; `lr` is set on it.
         lr_scheduler: Learning-rate schedule of the meta-optimizer, in *epochs*; one that waits for a plateau
@@ -56,7 +70,8 @@ class MetaOptimizer(LightningModule):
         memory_budget: See `Unroll`; bytes.
 
     Raises:
-        ValueError: A size below 1, `unroll_length` does not divide `num_steps`, or `lr` is out of range.
+        ValueError: A size below 1, `unroll_length` does not divide `num_steps`, `final_steps` exceeds it, or another
+            argument is out of range.
     """
 
     def __init__(
@@ -65,6 +80,8 @@ class MetaOptimizer(LightningModule):
         rule: UpdateRule,
         num_steps: int = 100,
         unroll_length: int = 20,
+        loss_weights: LossWeights = "all",
+        final_steps: int = 1,
         lr: float = 0.003,
         optimizer: OptimizerCallable = torch.optim.Adam,
         lr_scheduler: LRSchedulerCallable | None = None,
@@ -75,26 +92,33 @@ class MetaOptimizer(LightningModule):
         memory_budget: int = 2**30,
     ) -> None:
         super().__init__()
-        sizes = {"num_steps": num_steps, "unroll_length": unroll_length, "max_skipped": max_skipped}
-        for name, size in {**sizes, "memory_budget": memory_budget}.items():
+        sizes = {"num_steps": num_steps, "unroll_length": unroll_length, "final_steps": final_steps}
+        for name, size in {**sizes, "max_skipped": max_skipped, "memory_budget": memory_budget}.items():
             if size < 1:
                 raise ValueError(f"{name}={size} is not a size; use 1 or more")
         if num_steps % unroll_length:
             raise ValueError(
                 f"unroll_length={unroll_length} does not divide num_steps={num_steps}; use {_divisors(num_steps)}"
             )
+        if final_steps > num_steps:
+            raise ValueError(f"final_steps={final_steps} exceeds num_steps={num_steps}; use 1 to {num_steps}")
+        if loss_weights not in LOSS_WEIGHTS:
+            raise ValueError(f"loss_weights={loss_weights!r} is unknown; use one of {', '.join(LOSS_WEIGHTS)}")
         for name, value in {"lr": lr, "gradient_clip": gradient_clip}.items():
             if value is not None and not 0 < value < math.inf:
                 raise ValueError(f"{name}={value} is out of range; use a finite number above 0")
         self.automatic_optimization = False
         self.task, self.rule = task, rule
         self.num_steps, self.unroll_length, self.lr = num_steps, unroll_length, lr
+        self.loss_weights, self.final_steps = loss_weights, final_steps
+        self.weights = LOSS_WEIGHTS[loss_weights](num_steps)
         self.optimizer, self.lr_scheduler = optimizer, lr_scheduler
         self.gradient_clip, self.max_skipped = gradient_clip, max_skipped
         self.unroll = Unroll(task, rule, second_derivatives, memory, memory_budget)
         self.skipped = self.skipped_in_a_row = 0
         # "disable": a loss that is no number must show, not drop out of the mean.
-        self.final_loss, self.meta_loss = MeanMetric(nan_strategy="disable"), MeanMetric(nan_strategy="disable")
+        names = ("final_loss", "trajectory_loss", "meta_loss", "unseen_loss", "unseen_accuracy")
+        self.val_metrics = nn.ModuleDict({name: MeanMetric(nan_strategy="disable") for name in names})
         try:
             described = {"task": describe(task)}
         except ValueError:  # somebody's own network; who loads the checkpoint has to bring it along
@@ -105,6 +129,8 @@ class MetaOptimizer(LightningModule):
                 "rule": describe(rule),
                 "num_steps": num_steps,
                 "unroll_length": unroll_length,
+                "loss_weights": loss_weights,
+                "final_steps": final_steps,
                 "lr": lr,
                 "gradient_clip": gradient_clip,
                 "max_skipped": max_skipped,
@@ -129,9 +155,12 @@ class MetaOptimizer(LightningModule):
         optimizer = self.optimizers()
         episode = self.unroll.start(batch)
         total, largest = torch.zeros((), device=self.device), torch.zeros((), device=self.device)
-        for _ in range(self.num_steps // self.unroll_length):
+        for first in range(0, self.num_steps, self.unroll_length):
+            weights = self.weights[first : first + self.unroll_length]
             optimizer.zero_grad()  # type: ignore[union-attr]
-            truncation = self.unroll.run(episode, self.unroll_length)
+            truncation = self.unroll.run(episode, self.unroll_length, weights)
+            if not any(weights):
+                continue
             self.manual_backward(truncation.meta_loss)
             norm = torch.nn.utils.get_total_norm([p.grad for p in self.rule.parameters() if p.grad is not None])
             total += truncation.meta_loss.detach()
@@ -171,31 +200,36 @@ class MetaOptimizer(LightningModule):
         elif scheduler is not None:
             scheduler.step()  # type: ignore[union-attr]
 
-    def evaluate(self, batch: Batch) -> Tensor:
-        """Losses `[num_steps + 1, num_tasks]` of the batch's tasks under the rule; row t is f_t(theta_t)."""
+    def evaluate(self, batch: Batch) -> Rollout:
+        """An episode of the batch's tasks under the rule."""
 
         def learned(params: list[Tensor]) -> Optimizer:
             return LearnedOptimizer(params, self.rule)
 
         return rollout(learned, self.task, batch, self.num_steps, self.device)
 
-    def validation_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
-        """Losses of the validation tasks, and the two metrics of them."""
-        losses = self.evaluate(batch)
-        self.final_loss(losses[-1])
-        self.meta_loss(losses[1:].sum(0))
-        options: dict[str, Any] = {"on_step": False, "on_epoch": True, "batch_size": losses.shape[1]}
-        self.log("val/final_loss", self.final_loss, prog_bar=True, **options)
-        self.log("val/meta_loss", self.meta_loss, **options)
+    def validation_step(self, batch: Batch, batch_idx: int) -> dict[str, Any]:
+        """An episode of the validation tasks, and the metrics of it."""
+        run = self.evaluate(batch)
+        figures = {
+            "final_loss": final_losses(run.losses, self.final_steps),
+            "trajectory_loss": run.losses[1:].mean(0),
+            "meta_loss": (run.losses[1:] * run.losses.new_tensor(self.weights)[:, None]).nan_to_num(math.inf).sum(0),
+            **{f"unseen_{name}": values for name, values in run.unseen.items()},
+        }
+        options: dict[str, Any] = {"on_step": False, "on_epoch": True, "batch_size": run.losses.shape[1]}
+        for name, values in figures.items():
+            self.val_metrics[name](values)
+            self.log(f"val/{name}", cast(MeanMetric, self.val_metrics[name]), prog_bar=name == "final_loss", **options)
         self.log("step", float(self.global_step), sync_dist=True, **options)
-        return {"losses": losses}
+        return vars(run)
 
-    def test_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
-        """Losses of the test tasks; what is made of them is the callbacks' affair."""
-        return {"losses": self.evaluate(batch)}
+    def test_step(self, batch: Batch, batch_idx: int) -> dict[str, Any]:
+        """An episode of the test tasks; what is made of it is the callbacks' affair."""
+        return vars(self.evaluate(batch))
 
-    def predict_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
-        """Losses of the test tasks."""
+    def predict_step(self, batch: Batch, batch_idx: int) -> dict[str, Any]:
+        """An episode of the test tasks."""
         return self.test_step(batch, batch_idx)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:

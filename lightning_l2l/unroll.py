@@ -16,7 +16,7 @@ truncation. Hence one forward and one backward pass of the optimizee a step, and
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -114,10 +114,19 @@ class Unroll:
         check_losses(episode.losses, len(seeds), at_start=True)
         return episode
 
-    def run(self, episode: Episode, num_steps: int) -> Truncation:
-        """Make `num_steps` inner steps and change `episode` in place; call `backward()` on the meta-loss returned."""
+    def run(self, episode: Episode, num_steps: int, weights: Sequence[float] | None = None) -> Truncation:
+        """Make `num_steps` inner steps and change `episode` in place; call `backward()` on the meta-loss returned.
+
+        Args:
+            episode: Where to go on.
+            num_steps: Inner steps T of this truncation.
+            weights: w_t of each of its T losses; None: 1 for all.
+        """
+        weights = [1.0] * num_steps if weights is None else weights
+        if len(weights) != num_steps:
+            raise ValueError(f"{len(weights)} weights for num_steps={num_steps}; give one an inner step")
         if self.second_derivatives:
-            return self._run_by_autograd(episode, num_steps)
+            return self._run_by_autograd(episode, num_steps, weights)
         unroller, gradients, cotangents = self._buffers_for(episode, num_steps)
         shape = episode.theta.shape
         gradients[0].copy_(episode.gradient)
@@ -132,12 +141,13 @@ class Unroll:
         unroller.finish(episode.state)
         episode.gradient = gradients[num_steps].clone()
         total = cotangents.view(num_steps, *shape)
-        total[num_steps - 1].copy_(gradients[num_steps])
+        torch.mul(gradients[num_steps], weights[-1], out=total[-1])
         for s in range(num_steps - 2, -1, -1):
-            torch.add(total[s + 1], gradients[s + 1], out=total[s])
+            torch.add(total[s + 1], gradients[s + 1], alpha=weights[s], out=total[s])
         meta_gradient = unroller.gradients(cotangents.div_(shape[0]))
         stacked = torch.stack(losses)  # [num_steps, num_tasks]
-        return Truncation(stacked, _attach(stacked.mean(1).sum(), meta_gradient, list(self.rule.parameters())))
+        meta_loss = _weighted(stacked, weights)
+        return Truncation(stacked, _attach(meta_loss, meta_gradient, list(self.rule.parameters())))
 
     def _buffers_for(self, episode: Episode, num_steps: int) -> tuple[RuleUnroll, Tensor, Tensor]:
         theta, like = episode.theta, next(self.rule.parameters())
@@ -163,7 +173,7 @@ class Unroll:
         torch.cat([g.flatten(1) for g in found], 1, out=gradient)
         episode.losses = losses.detach()
 
-    def _run_by_autograd(self, episode: Episode, num_steps: int) -> Truncation:
+    def _run_by_autograd(self, episode: Episode, num_steps: int, weights: Sequence[float]) -> Truncation:
         losses = []
         buffers = {k: v for k, v in episode.variables.items() if k not in episode.params}
         sizes = [p[0].numel() for p in episode.params.values()]
@@ -185,7 +195,12 @@ class Unroll:
         episode.theta.copy_(theta.detach())
         episode.state, episode.gradient, episode.losses = state.detach(), gradient.detach(), losses[-1].detach()
         stacked = torch.stack(losses)
-        return Truncation(stacked.detach(), stacked.mean(1).sum())
+        return Truncation(stacked.detach(), _weighted(stacked, weights))
+
+
+def _weighted(losses: Tensor, weights: Sequence[float]) -> Tensor:
+    """The weighted sum over inner steps of losses `[num_steps, num_tasks]`, the mean over tasks."""
+    return (losses.mean(1) * losses.new_tensor(weights)).sum()
 
 
 class _Attach(torch.autograd.Function):

@@ -11,17 +11,19 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
 from lightning_l2l import CoordinatewiseLSTM, LearnedOptimizer, MetaOptimizer, Quadratic, QuadraticDataModule
 from lightning_l2l.callbacks import LearningCurves
-from lightning_l2l.comparison import BASELINES, Baseline, Result, rollout, tune
+from lightning_l2l.comparison import BASELINES, Baseline, rollout, tune
 from lightning_l2l.figures import learning_curves
+from lightning_l2l.results import Result
 
 CPU = torch.device("cpu")
 NUM_STEPS, NUM_VAL, NUM_TEST = 6, 4, 5
-NAMES = ["adam", "rmsprop", "sgd", "nag"]
+NAMES = ["adam", "rmsprop", "sgd", "nag", "adamw"]
 
 
 class Diverging(Optimizer):
@@ -65,7 +67,7 @@ def learned_losses(module, loader):
     def make(params):
         return LearnedOptimizer(params, module.rule)
 
-    return torch.cat([rollout(make, module.task, b, NUM_STEPS, CPU) for b in loader], 1)
+    return torch.cat([rollout(make, module.task, b, NUM_STEPS, CPU).losses for b in loader], 1)
 
 
 def tuned_on_validation(name):
@@ -83,9 +85,18 @@ def read(path):
 
 
 def rows(output):
-    """The rows of the table in an output by their first word, each as its words."""
-    lines = [line.split() for line in output.splitlines()]
-    return {words[0]: words for words in lines if words and words[0] in (*NAMES, "learned", "bad")}
+    """The rows of the first table in an output by their first word, each as its words."""
+    return tables(output)[0]
+
+
+def tables(output):
+    found = [{}]
+    for words in [line.split() for line in output.splitlines()]:
+        if words and words[0] in (*NAMES, "learned", "bad"):
+            if words[0] in found[-1]:
+                found.append({})
+            found[-1][words[0]] = words
+    return found
 
 
 def command(output, program):
@@ -279,8 +290,9 @@ def test_diverging_baseline(tmp_path, capsys):
     assert [math.isfinite(event.value) for event in curve] == [True] + NUM_STEPS * [False]
     trainer.test(trainer.lightning_module, make_data(), verbose=False)
     assert read(Path(trainer.log_dir) / "comparison.csv")[2]["final_loss"] == "inf"
-    row = rows(capsys.readouterr().out)["bad"]
-    assert row[2] == "inf" and row[4:] == ["-", "40%", "inf"]
+    final, course = tables(capsys.readouterr().out)
+    assert final["bad"][2:4] == ["inf", "-"] and final["bad"][-1] == "inf"
+    assert course["bad"][1:3] == ["inf", "40%"]
 
 
 def test_test_prints_and_writes_the_comparison(tmp_path, capsys, monkeypatch):
@@ -294,10 +306,10 @@ def test_test_prints_and_writes_the_comparison(tmp_path, capsys, monkeypatch):
     for name in NAMES:
         lr = (tuned := tuned_on_validation(name)).lr
         make = tuned.baseline.at(lr)
-        want[name] = lr, torch.cat([rollout(make, module.task, b, NUM_STEPS, CPU) for b in tests], 1)
+        want[name] = lr, torch.cat([rollout(make, module.task, b, NUM_STEPS, CPU).losses for b in tests], 1)
     reference = min(float(losses[-1].mean()) for lr, losses in want.values() if lr)
 
-    table, folder = rows(output), tmp_path / "logs" / "version_0"
+    (table, course), folder = tables(output), tmp_path / "logs" / "version_0"
     comparison, curve = read(folder / "comparison.csv"), read(folder / "curves.csv")
     assert [row["optimizer"] for row in comparison] == list(want) == list(table)
     assert len(curve) == len(want) * (NUM_STEPS + 1)
@@ -309,15 +321,22 @@ def test_test_prints_and_writes_the_comparison(tmp_path, capsys, monkeypatch):
             standard_error=float(final.std()) / math.sqrt(NUM_TEST),
             diverged=0,
             ratio=float(final.mean()) / reference,
+            trajectory_loss=float(losses[1:].double().mean()),
             num_tasks=NUM_TEST,
             num_steps=NUM_STEPS,
+            final_steps=1,
         )
+        numbers |= {f"quantile_{q}": float(final.quantile(q)) for q in (0.1, 0.9)}
         assert row["lr"] == ("" if lr is None else str(lr))
         assert {k: float(row[k]) for k in numbers} == pytest.approx(numbers)
         assert metrics[f"test/{name}/final_loss"] == pytest.approx(numbers["final_loss"])
         shown = ["-" if lr is None else f"{lr:g}"]
-        shown += [f"{numbers[k]:.4g}" for k in ("final_loss", "median", "standard_error")]
-        assert table[name][1:] == [*shown, "0%", f"{numbers['ratio']:.3f}"]
+        keys = ("final_loss", "standard_error", "median", "quantile_0.1", "quantile_0.9")
+        shown += [f"{numbers[k]:.4g}" for k in keys]
+        assert table[name][1:] == [*shown, f"{numbers['ratio']:.3f}"]
+        assert course[name][1:3] == [f"{numbers['trajectory_loss']:.4g}", "0%"]
+        assert float(row["seconds_per_step"]) * 1000 == pytest.approx(float(course[name][3]), rel=1e-3)
+        assert course[name][4] == (row["steps_to_adam"] or "-")
         own = [row for row in curve if row["optimizer"] == name]
         for key, values in {
             "step": torch.arange(NUM_STEPS + 1),
@@ -328,11 +347,60 @@ def test_test_prints_and_writes_the_comparison(tmp_path, capsys, monkeypatch):
             assert [float(row[key]) for row in own] == pytest.approx(values.tolist(), rel=1e-5)
 
     text = " ".join(output.split())
-    assert "Loss after 6 steps on 5 test tasks" in text
-    assert "rates x 4 tasks x 6 steps" in text
+    assert "Final loss (after 6 steps) on 5 test tasks" in text
+    tried = ", ".join(f"{name} {len(tuned_on_validation(name).tried)}" for name in NAMES)
+    assert f"budget: {tried} rates x 4 tasks x 6 steps" in text
     assert "Written to logs/version_0: comparison.csv, curves.csv, curves.png" in output
     with Image.open(folder / "curves.png") as image:
         assert image.size == (960, 630)
+
+
+def test_tensorboard_shows_the_comparison_with_hparams(tmp_path):
+    curves = LearningCurves(["adam", DIVERGING])
+    trainer = make_trainer(tmp_path, curves)
+    trainer.test(make_module(), make_data(), verbose=False)
+    assert len(events(trainer.log_dir).Images("test/learning_curves")) == 1
+    for result in curves.results:
+        found = events(f"{trainer.log_dir}/curves/{result.name}")
+        curve = found.Scalars("test/loss_by_inner_step")
+        assert [event.value for event in curve] == pytest.approx(result.mean.tolist())
+        assert found.Scalars("test/final_loss")[0].value == pytest.approx(result.final_loss)
+        content = found.summary_metadata["_hparams_/session_start_info"].plugin_data.content
+        hparams = HParamsPluginData.FromString(content).session_start_info.hparams
+        lr = "-" if result.lr is None else str(result.lr)
+        assert {k: v.string_value for k, v in hparams.items()} == {"optimizer": result.name, "lr": lr}
+
+
+def test_fit_ends_with_hparams(fitted):
+    trainer, module, _, checkpoint = fitted
+    found = events(trainer.log_dir)
+    assert found.Scalars("hp/final_loss")[0].value == pytest.approx(float(checkpoint.best_model_score))
+    content = found.summary_metadata["_hparams_/session_start_info"].plugin_data.content
+    assert HParamsPluginData.FromString(content).session_start_info.hparams["lr"].number_value == module.lr
+
+
+class Unseen(Quadratic):
+    """Has figures on data that it was not trained on."""
+
+    def unseen(self, params, batch):
+        return {"loss": batch["W"][:, 0, 0], "accuracy": batch["y"][:, 0].sigmoid()}
+
+
+def test_final_steps_and_unseen_figures_reach_tables_and_files(tmp_path, capsys):
+    module = MetaOptimizer(Unseen(3), CoordinatewiseLSTM(4), num_steps=NUM_STEPS, unroll_length=3, final_steps=4)
+    trainer = make_trainer(tmp_path, LearningCurves(["sgd"]))
+    trainer.test(module, make_data(), verbose=False)
+    output = capsys.readouterr().out
+    losses = learned_losses(module, make_data().test_dataloader())
+    (row, _), (final, course) = read(Path(trainer.log_dir) / "comparison.csv"), tables(output)
+    assert float(row["final_loss"]) == pytest.approx(float(losses[3:].mean()))
+    assert row["final_steps"] == "4" and "mean of steps 3 to 6" in output
+    tests = list(make_data().test_dataloader())
+    unseen = torch.cat([b["W"][:, 0, 0] for b in tests]), torch.cat([b["y"][:, 0].sigmoid() for b in tests])
+    assert float(row["unseen_loss"]) == pytest.approx(float(unseen[0].mean()))
+    assert float(row["unseen_accuracy"]) == pytest.approx(float(unseen[1].mean()))
+    assert course["learned"][-2:] == [f"{unseen[0].mean():.4g}", f"{unseen[1].mean():.1%}"]
+    assert row["steps_to_adam"] == "" and "Adam" not in output
 
 
 def test_test_without_validation_tasks_says_so(tmp_path):
@@ -396,7 +464,9 @@ def test_two_processes_do_what_one_does(tmp_path):
     for name, table in files.items():
         for row, other in zip(table, other_files[name], strict=True):
             for key in row:
-                if key in ("optimizer", "lr"):
+                if key == "seconds_per_step":
+                    continue
+                if key in ("optimizer", "lr", "steps_to_adam"):
                     assert row[key] == other[key]
                 else:
                     assert float(row[key]) == pytest.approx(float(other[key]), rel=1e-5)

@@ -1,4 +1,3 @@
-import csv
 import math
 
 import pytest
@@ -10,15 +9,11 @@ from lightning_l2l.comparison import (
     BASELINES,
     GRID,
     Baseline,
-    Result,
     find_baselines,
-    ratio,
     rollout,
     tune,
-    write_comparison,
-    write_curves,
-    write_predictions,
 )
+from lightning_l2l.results import Result
 from lightning_l2l.tasks import Task, init_from_seeds
 from lightning_l2l.unroll import Unroll
 
@@ -43,12 +38,13 @@ PLAIN = {
     "rmsprop": lambda p: torch.optim.RMSprop(p, lr=0.03),
     "sgd": lambda p: torch.optim.SGD(p, lr=0.03),
     "nag": lambda p: torch.optim.SGD(p, lr=0.03, momentum=0.9, nesterov=True),
+    "adamw": lambda p: torch.optim.AdamW(p, lr=0.03),
 }
 
 
 @pytest.mark.parametrize("name", PLAIN)
 def test_rollout_is_a_plain_loop_over_tasks(task, batches, name):
-    losses = rollout(BY_NAME[name].at(0.03), task, batches[0], NUM_STEPS, CPU)
+    losses = rollout(BY_NAME[name].at(0.03), task, batches[0], NUM_STEPS, CPU).losses
     assert losses.shape == (NUM_STEPS + 1, 4)
     for k in range(4):
         start, _ = init_from_seeds(task, batches[0]["seed"][k : k + 1])
@@ -65,7 +61,7 @@ def test_rollout_is_a_plain_loop_over_tasks(task, batches, name):
 
 def test_learned_optimizer_goes_the_way_of_the_unroll_exactly(task, batches):
     rule = CoordinatewiseLSTM(hidden_size=4, output_scale=0.3)
-    losses = rollout(lambda params: LearnedOptimizer(params, rule), task, batches[0], 6, CPU)
+    losses = rollout(lambda params: LearnedOptimizer(params, rule), task, batches[0], 6, CPU).losses
     unroll = Unroll(task, rule)
     episode = unroll.start(batches[0])
     want = [episode.losses[None], *(unroll.run(episode, 3).losses for _ in range(2))]
@@ -122,7 +118,7 @@ def test_tuning_finds_the_best_of_the_grid():
     assert tuned.lr == 0.1 and tuned.final_loss == 1
     assert tuple(tuned.tried) == GRID
     assert tuned.tried[0.3] == pytest.approx(1 + math.log10(3))
-    assert torch.equal(tuned.losses, torch.ones(3, 5))
+    assert torch.equal(torch.cat([run.losses for run in tuned.rollouts], 1), torch.ones(3, 5))
 
 
 @pytest.mark.parametrize("best, beyond", [(3e-5, (1e-5, 3e-5, 1e-4, 3e-4)), (100.0, (10.0, 30.0, 100.0, 300.0))])
@@ -130,6 +126,42 @@ def test_tuning_widens_the_grid_until_the_best_is_inside(best, beyond):
     tuned = tune(Baseline("rated", Rated, {"best": best}), Floor(), seeds(2), 1, CPU)
     assert tuned.lr == best
     assert tuple(tuned.tried) == tuple(sorted(GRID + beyond))
+
+
+class Turning(Optimizer):
+    """Goes to 1 at its first step, and to what the learning rate says at its second."""
+
+    def __init__(self, params, lr):
+        self.lr, self.steps = lr, 0
+        super().__init__(params, {})
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        self.steps += 1
+        for p in self.param_groups[0]["params"]:
+            p.fill_({1: 10 * self.lr, 2: 1 / self.lr}[self.steps])
+
+
+@pytest.mark.parametrize("final_steps, lr", [(1, 3.0), (2, 0.3)])
+def test_tuning_is_by_the_mean_of_the_last_steps(final_steps, lr):
+    tuned = tune(Baseline("turning", Turning), Floor(), seeds(2), 2, CPU, final_steps=final_steps, max_widenings=0)
+    assert tuned.lr == lr
+    assert tuned.final_loss == pytest.approx(1 + (1 / lr + (final_steps == 2) * 10 * lr) / final_steps)
+
+
+class Watched(Floor):
+    """Tells how far it went in place of data that it was not trained on."""
+
+    def unseen(self, params, batch):
+        assert not params["theta"].requires_grad
+        return {"loss": params["theta"] + batch["seed"]}
+
+
+def test_rollout_measures_time_and_what_is_unseen():
+    run = rollout(Baseline("rated", Rated).at(10.0), Watched(), *seeds(3), 2, CPU)
+    assert run.unseen["loss"].tolist() == [1, 2, 3]
+    assert 0 < run.seconds < 60
+    assert rollout(Baseline("rated", Rated).at(10.0), Floor(), *seeds(3), 2, CPU).unseen == {}
 
 
 def test_tuning_stops_widening_after_a_while():
@@ -154,12 +186,12 @@ def test_tuning_averages_over_ranks():
 
 
 def test_a_diverged_run_counts_as_infinite():
-    losses = rollout(Baseline("exploding", Exploding).at(1.0), Floor(), *seeds(5), 2, CPU)
+    losses = rollout(Baseline("exploding", Exploding).at(1.0), Floor(), *seeds(5), 2, CPU).losses
     infinite, one = [1.0, math.inf, math.inf], [1.0, 1.0, 1.0]
     assert losses.T.tolist() == [infinite, one, infinite, one, infinite]
     result = Result("exploding", losses.double())
     assert result.diverged == pytest.approx(0.6)
-    assert result.final_loss == math.inf and result.final_median == math.inf
+    assert result.final_loss == math.inf and result.final_quantile(0.5) == math.inf
     assert math.isnan(result.final_standard_error)
 
 
@@ -168,35 +200,15 @@ def test_inference_mode_is_refused_with_the_remedy(task, batches):
         rollout(BY_NAME["sgd"].at(0.1), task, batches[0], 1, CPU)
 
 
-def test_statistics_of_a_result():
-    result = Result("sgd", torch.tensor([[4.0, 4, 4, 4, 4], [1, 2, 3, 4, 10]]).double(), 0.1)
-    assert result.mean.tolist() == [4, 4] and result.final_loss == 4 and result.final_median == 3
-    assert result.final_standard_error == pytest.approx(math.sqrt((9 + 4 + 1 + 0 + 36) / 4 / 5))
-    assert result.quantile(0.125).tolist() == [4, 1.5]
-    assert result.diverged == 0
-    assert math.isnan(Result("one task", torch.ones(2, 1).double()).final_standard_error)
-
-
-@pytest.mark.parametrize("q, want", [(0.25, 2), (0.5, math.inf), (0.3, math.inf), (0.0, 1), (0.9, math.inf)])
-def test_quantiles_know_infinity(q, want):
-    losses = torch.tensor([[math.inf, 1, math.inf, 2, math.inf]]).double()
-    assert Result("sgd", losses).quantile(q).item() == want
-
-
-def test_ratio():
-    assert ratio(1.0, 4.0) == 0.25 and ratio(math.inf, 4.0) == math.inf
-    assert all(math.isnan(ratio(1.0, reference)) for reference in (0.0, math.inf, math.nan))
-
-
 def test_baselines_by_name_and_by_class():
-    own = Baseline("adamw", torch.optim.AdamW, {"weight_decay": 0.1})
+    own = Baseline("adagrad", torch.optim.Adagrad, {"eps": 0.1})
     assert find_baselines(["nag", own]) == (BY_NAME["nag"], own)
 
 
 @pytest.mark.parametrize(
     "given, message",
     [
-        (["adamm"], "unknown baseline 'adamm'; use adam, rmsprop, sgd, nag, or .*torch.optim.AdamW"),
+        (["adamm"], "unknown baseline 'adamm'; use adam, rmsprop, sgd, nag, adamw, or .*torch.optim.Adagrad"),
         (["sgd", "sgd"], "the name 'sgd' is taken"),
         ([Baseline("learned", torch.optim.SGD)], "the name 'learned' is taken"),
         ([Baseline("a/b", torch.optim.SGD)], "'a/b' cannot name a folder"),
@@ -206,28 +218,3 @@ def test_baselines_by_name_and_by_class():
 def test_bad_baselines(given, message):
     with pytest.raises(ValueError, match=message):
         find_baselines(given, reserved=("learned",))
-
-
-def read(path):
-    with path.open(newline="") as file:
-        return list(csv.DictReader(file))
-
-
-def test_csv_files(tmp_path):
-    losses = torch.tensor([[4.0, 4, 4], [1, 2, 6]]).double()
-    results = [Result("learned", losses / 3), Result("sgd, fast", losses, 0.3)]
-    write_comparison(tmp_path / "a.csv", results, 3.0)
-    learned, sgd = read(tmp_path / "a.csv")
-    assert (learned["optimizer"], learned["lr"]) == ("learned", "")
-    assert (sgd["optimizer"], sgd["lr"]) == ("sgd, fast", "0.3")
-    numbers = {k: float(v) for k, v in sgd.items() if k not in ("optimizer", "lr", "standard_error")}
-    assert numbers == dict(final_loss=3, median=2, diverged=0, ratio=1, num_tasks=3, num_steps=1)
-    assert float(sgd["standard_error"]) == pytest.approx(math.sqrt(7 / 3))
-    write_curves(tmp_path / "b.csv", results, (0.0, 0.5))
-    rows = read(tmp_path / "b.csv")
-    assert list(rows[0]) == ["optimizer", "step", "mean", "quantile_0", "quantile_0.5"]
-    assert [row["step"] for row in rows] == ["0", "1", "0", "1"]
-    assert list(rows[3].values()) == ["sgd, fast", "1", "3.0", "1.0", "2.0"]
-    write_predictions(tmp_path / "c.csv", losses[:, :2])
-    want = [("0", "0", "4.0"), ("0", "1", "1.0"), ("1", "0", "4.0"), ("1", "1", "2.0")]
-    assert [tuple(row.values()) for row in read(tmp_path / "c.csv")] == want

@@ -5,6 +5,8 @@ import torch
 from lightning.pytorch import Trainer
 
 from lightning_l2l import CoordinatewiseLSTM, MetaOptimizer, Quadratic, QuadraticDataModule
+from lightning_l2l.comparison import Rollout
+from lightning_l2l.meta_optimizer import LOSS_WEIGHTS
 from lightning_l2l.unroll import Unroll
 
 
@@ -63,17 +65,77 @@ def test_a_training_step_is_an_episode_with_an_outer_step_a_truncation(trainer):
 def test_validation_figures_are_means_over_all_tasks(trainer):
     module, datamodule = make(), data(eval_tasks=4)  # 6 tasks: a batch of 4 and one of 2
     (found,) = trainer().validate(module, datamodule, verbose=False)
-    losses = torch.cat([module.evaluate(batch) for batch in datamodule.val_dataloader()], 1)
+    losses = torch.cat([module.evaluate(batch).losses for batch in datamodule.val_dataloader()], 1)
     assert losses.shape == (7, 6)
     assert found["val/final_loss"] == pytest.approx(losses[6].mean().item())
     assert found["val/meta_loss"] == pytest.approx(losses[1:].sum(0).mean().item())
+    assert found["val/trajectory_loss"] == pytest.approx(losses[1:].mean().item())
+    assert "val/unseen_loss" not in found
 
 
-def test_a_diverged_task_makes_the_figures_infinite(trainer, monkeypatch):
-    module = make()
-    monkeypatch.setattr(module, "evaluate", lambda batch: torch.tensor([[1.0, 1.0], [1.0, torch.inf]]))
+def test_weights_and_final_steps_in_the_validation_figures(trainer):
+    module, datamodule = make(loss_weights="linear", final_steps=2), data()
+    (found,) = trainer().validate(module, datamodule, verbose=False)
+    losses = torch.cat([module.evaluate(batch).losses for batch in datamodule.val_dataloader()], 1)
+    assert found["val/final_loss"] == pytest.approx(losses[5:].mean().item())
+    weighted = sum(t / 3.5 * losses[t].mean().item() for t in range(1, 7))
+    assert found["val/meta_loss"] == pytest.approx(weighted)
+
+
+class Unseen(Quadratic):
+    """Has a figure on data that it was not trained on."""
+
+    def unseen(self, params, batch):
+        return {"loss": batch["y"][:, 0], "accuracy": batch["y"][:, 1]}
+
+
+def test_unseen_figures_are_logged(trainer):
+    module, datamodule = make(), data(eval_tasks=4)
+    module.task = Unseen(3)
+    (found,) = trainer().validate(module, datamodule, verbose=False)
+    y = torch.cat([batch["y"] for batch in datamodule.val_dataloader()]).mean(0)
+    assert found["val/unseen_loss"] == pytest.approx(y[0].item())
+    assert found["val/unseen_accuracy"] == pytest.approx(y[1].item())
+
+
+@pytest.mark.parametrize("loss_weights", ["all", "linear", "last"])
+def test_a_diverged_task_makes_the_figures_infinite(trainer, monkeypatch, loss_weights):
+    module = make(loss_weights=loss_weights, num_steps=2, unroll_length=1)
+    diverged = Rollout(torch.tensor([[1.0, 1.0], [1.0, torch.inf], [1.0, torch.inf]]))
+    monkeypatch.setattr(module, "evaluate", lambda batch: diverged)
     (found,) = trainer().validate(module, data(), verbose=False)
-    assert found["val/final_loss"] == float("inf")
+    assert {found[f"val/{name}"] for name in ("final_loss", "meta_loss", "trajectory_loss")} == {float("inf")}
+
+
+@pytest.mark.parametrize(
+    "kind, want", [("all", [1, 1, 1, 1, 1]), ("linear", [1 / 3, 2 / 3, 1, 4 / 3, 5 / 3]), ("last", [0, 0, 0, 0, 5])]
+)
+def test_loss_weights(kind, want):
+    assert LOSS_WEIGHTS[kind](5) == pytest.approx(want)
+
+
+@pytest.mark.parametrize("kind, steps", [("linear", 2), ("last", 1)])
+def test_training_weighs_every_truncation_and_leaves_out_those_without_weight(trainer, kind, steps):
+    module, fit = make(lr=0.01, loss_weights=kind), trainer(max_epochs=1, limit_train_batches=1, limit_val_batches=0)
+    rule = copy.deepcopy(module.rule)
+    datamodule = data()
+    fit.fit(module, datamodule)
+    assert fit.global_step == steps
+
+    adam, unroll = torch.optim.Adam(rule.parameters(), lr=0.01), Unroll(Quadratic(3), rule)
+    datamodule = data()
+    datamodule.setup()
+    episode, total = unroll.start(next(iter(datamodule.train_dataloader()))), 0.0
+    for weights in ([2 / 7, 4 / 7, 6 / 7], [8 / 7, 10 / 7, 12 / 7]) if kind == "linear" else ([0, 0, 0], [0, 0, 6]):
+        adam.zero_grad()
+        meta_loss = unroll.run(episode, 3, weights).meta_loss
+        total += meta_loss.item()
+        if any(weights):
+            meta_loss.backward()
+            adam.step()
+    for a, b in zip(module.rule.parameters(), rule.parameters(), strict=True):
+        torch.testing.assert_close(a, b)
+    assert fit.callback_metrics["train/meta_loss"].item() == pytest.approx(total)
 
 
 def test_optimizees_are_not_registered():
@@ -153,6 +215,9 @@ def test_a_finite_meta_gradient_ends_the_row():
         ({"lr": float("nan")}, "lr=nan"),
         ({"gradient_clip": -1.0}, "gradient_clip=-1.0"),
         ({"max_skipped": 0}, "max_skipped=0"),
+        ({"final_steps": 0}, "final_steps=0"),
+        ({"final_steps": 7}, "final_steps=7 exceeds num_steps=6; use 1 to 6"),
+        ({"loss_weights": "first"}, "loss_weights='first' is unknown; use one of all, linear, last"),
         ({"memory_budget": 0}, "memory_budget=0"),
     ],
 )

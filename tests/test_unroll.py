@@ -47,7 +47,7 @@ def rule():
     return CoordinatewiseLSTM(hidden_size=5, output_scale=0.5).double()
 
 
-def brute_force(task, rule, batch, num_steps, start=None, state=None, detach=True):
+def brute_force(task, rule, batch, num_steps, start=None, state=None, detach=True, weights=None):
     """The meta-loss of one truncation, summed term by term with one graph through all of it."""
     params, buffers = init_from_seeds(task, batch["seed"])
     params = start or params
@@ -68,7 +68,7 @@ def brute_force(task, rule, batch, num_steps, start=None, state=None, detach=Tru
         params = {k: v + u.view(v.shape) for (k, v), u in zip(params.items(), parts, strict=True)}
         after = task.loss({**params, **buffers}, batch, t + 1)
         losses.append(after.detach())
-        meta_loss = meta_loss + after.mean()
+        meta_loss = meta_loss + after.mean() * (weights[t] if weights else 1)
     return meta_loss, torch.stack(losses), params, state
 
 
@@ -86,6 +86,23 @@ def test_meta_gradient_is_brute_force_autograd_with_gradients_detached(task, rul
     torch.testing.assert_close(result.meta_loss, meta_loss, rtol=1e-10, atol=1e-12)
     for parameter, gradient in zip(rule.parameters(), want, strict=True):
         torch.testing.assert_close(parameter.grad, gradient, rtol=1e-8, atol=1e-12)
+
+
+@pytest.mark.parametrize("second_derivatives", [False, True])
+def test_meta_gradient_of_a_weighted_meta_loss(second_derivatives):
+    torch.manual_seed(0)
+    task, rule = TASKS["mlp"](), CoordinatewiseLSTM(hidden_size=5, output_scale=0.5).double()
+    batch, weights = data(task, 3), [0.0, 0.3, 2.0, -1.0, 0.0, 4.0]
+    meta_loss, *_ = brute_force(task, rule, batch, NUM_STEPS, detach=not second_derivatives, weights=weights)
+    want = torch.autograd.grad(meta_loss, list(rule.parameters()))
+    unroll = Unroll(task, rule, second_derivatives=second_derivatives)
+    result = unroll.run(unroll.start(batch), NUM_STEPS, weights)
+    result.meta_loss.backward()
+    torch.testing.assert_close(result.meta_loss, meta_loss, rtol=1e-10, atol=1e-12)
+    for parameter, gradient in zip(rule.parameters(), want, strict=True):
+        torch.testing.assert_close(parameter.grad, gradient, rtol=1e-8, atol=1e-12)
+    with pytest.raises(ValueError, match="2 weights for num_steps=3"):
+        unroll.run(unroll.start(batch), 3, [1.0, 1.0])
 
 
 def test_second_truncation_carries_parameters_and_state_over_but_no_graph(task, rule):
