@@ -5,6 +5,8 @@ import gzip
 import numpy as np
 import pytest
 
+from lightning_l2l.data import write_digits
+
 
 def write_idx(path, values):
     """Writes a uint8 array as a packed IDX file."""
@@ -29,14 +31,8 @@ def write_mnist():
 
 
 @pytest.fixture(scope="session")
-def mnist_root(tmp_path_factory, write_mnist):
-    """Root of a stand-in for MNIST that can be learned: 10 prototypes with noise, 600 and 200 images."""
-    rng = np.random.default_rng(0)
-    prototypes = rng.integers(0, 256, (10, 28, 28))
-    train_labels, test_labels = (rng.integers(0, 10, n).astype(np.uint8) for n in (600, 200))
-    train_images, test_images = (
-        np.clip(prototypes[labels] + rng.normal(0, 30, (len(labels), 28, 28)), 0, 255).astype(np.uint8)
-        for labels in (train_labels, test_labels)
-    )
+def mnist_root(tmp_path_factory):
+    """Root of a stand-in for MNIST that can be learned; not to be written to."""
     root = tmp_path_factory.mktemp("mnist")
-    return write_mnist(root, train_images, train_labels, test_images, test_labels)
+    write_digits(root)
+    return root

@@ -1,4 +1,4 @@
-"""The IDX files of MNIST: downloading them, and reading them with every byte accounted for.
+"""The IDX files of MNIST: downloading, reading (with every byte accounted for) and writing them.
 
 An IDX file is a magic number (two zero bytes, the type of the values, the number of dimensions), the
 dimensions as 32-bit big-endian integers, and the values in row-major order.
@@ -71,6 +71,12 @@ def read_idx(path: str | Path, num_dims: int) -> npt.NDArray[np.uint8]:
     if len(content) != length:
         raise ValueError(f"{path} has {len(content)} bytes, expected {length} for the shape {shape}; {REMEDY}")
     return np.frombuffer(content, np.uint8, offset=header).reshape(shape)
+
+
+def write_idx(path: str | Path, values: npt.NDArray[np.uint8]) -> None:
+    """Writes an IDX file of bytes, not packed, that `read_idx` reads."""
+    header = (_UINT8 << 8 | values.ndim).to_bytes(4, "big") + np.array(values.shape, ">u4").tobytes()
+    Path(path).write_bytes(header + values.tobytes())
 
 
 def download(

@@ -10,7 +10,7 @@ from lightning_l2l.data.episodes import EpisodeDataModule, Sample, Stage, check_
 
 _SIZE = 28  # height and width of an image, in pixels
 _NUM_CLASSES = 10
-_VAL_SHARE = 12  # one image in 12 of the training files: 5,000 of 60,000
+_VAL_SHARE = 6  # one image in 6 of the training files: 10,000 of 60,000, as many as there are test images
 
 
 class MNISTDataModule(EpisodeDataModule):
@@ -21,8 +21,12 @@ class MNISTDataModule(EpisodeDataModule):
     is used at theta_t for t = 0, ..., num_steps, hence one more than steps. Images stay bytes: 10 MB a task
     at 100 steps of 128 images.
 
+    A validation or test batch has, besides, images which the task's minibatches never use: `"unseen_inputs"`,
+    uint8 in [0, 255], `[num_tasks, num_unseen, 28, 28]`, and `"unseen_targets"`, uint8 in [0, 9],
+    `[num_tasks, num_unseen]`. On them `Task.unseen` tells how well the trained network does on new data.
+
     Training, validation and test have no image in common: the test tasks draw from the `t10k` files, the
-    validation tasks from the last twelfth of the training files, the training tasks from the rest.
+    validation tasks from the last sixth of the training files, the training tasks from the rest.
 
     Args:
         root: Folder of the data sets; the files are in `<root>/MNIST/raw`, packed or unpacked.
@@ -38,9 +42,11 @@ class MNISTDataModule(EpisodeDataModule):
             `num_tasks`.
         num_workers: Number of worker processes that draw the minibatches.
         download: Whether files that are missing are downloaded, by `prepare_data`.
+        num_unseen: Number of images that each validation or test task sets aside; 0 for none.
 
     Raises:
-        ValueError: If a size is not a positive integer, or `seed` or `num_workers` is negative.
+        ValueError: If a size is not a positive integer, or `seed`, `num_workers` or `num_unseen` is
+            negative.
     """
 
     def __init__(
@@ -56,6 +62,7 @@ class MNISTDataModule(EpisodeDataModule):
         eval_tasks: int | None = None,
         num_workers: int = 0,
         download: bool = True,
+        num_unseen: int = 1000,
     ) -> None:
         super().__init__(
             num_tasks=num_tasks,
@@ -68,9 +75,11 @@ class MNISTDataModule(EpisodeDataModule):
             num_workers=num_workers,
         )
         check_at_least(1, batch_size=batch_size)
+        check_at_least(0, num_unseen=num_unseen)
         self.root = Path(root)
         self.batch_size = batch_size
         self.download = download
+        self.num_unseen = num_unseen
         self._digits: dict[Stage, tuple[Tensor, Tensor]] = {}  # images [n, 28, 28] and labels [n] of each stage
 
     def prepare_data(self) -> None:
@@ -87,7 +96,8 @@ class MNISTDataModule(EpisodeDataModule):
 
         Raises:
             FileNotFoundError: If a file is missing.
-            ValueError: If a file is damaged, has too few images for one minibatch, or `num_steps` is unknown.
+            ValueError: If a file is damaged, a stage has too few images for one minibatch and those set aside, or
+                `num_steps` is unknown.
         """
         super().setup(stage)
         if self._digits:
@@ -100,32 +110,54 @@ class MNISTDataModule(EpisodeDataModule):
             "test": self._read("t10k"),
         }
         for name, (images, _) in digits.items():
-            if len(images) < self.batch_size:
-                remedy = f"use batch_size={len(images)} or fewer" if len(images) else "put the full data set there"
-                raise ValueError(
-                    f"batch_size={self.batch_size} needs as many {name} images, but "
-                    f"{idx.raw_folder(self.root)} has {len(images)}; {remedy}"
-                )
+            self._check_enough(name, len(images))
         self._digits = digits
 
     def sample(self, stage: Stage, generator: torch.Generator) -> Sample:
-        """Draws `num_steps + 1` minibatches without replacement.
+        """Draws `num_steps + 1` minibatches without replacement and, except for training, the images set aside.
 
-        Minibatches are cut from a random permutation of the stage's images; when fewer than `batch_size`
-        images of it are left, from a fresh one.
+        The stage's images are brought into a random order, of which the first `num_unseen` are set aside.
+        Minibatches are cut from the others, in that order; when fewer than `batch_size` of them are left, from
+        a fresh permutation of the same images.
         """
         if stage not in self._digits or self.num_steps is None:
             raise RuntimeError("the images are not there yet; call prepare_data() and setup() first")
         images, labels = self._digits[stage]
-        per_permutation = len(images) // self.batch_size
-        num_permutations = -(-(self.num_steps + 1) // per_permutation)
-        used = per_permutation * self.batch_size
-        order = torch.cat([torch.randperm(len(images), generator=generator)[:used] for _ in range(num_permutations)])
+        num_unseen = self._num_set_aside(stage)
+        unseen, seen = torch.randperm(len(images), generator=generator).tensor_split([num_unseen])
+        per_permutation = len(seen) // self.batch_size
+        num_fresh = -(-(self.num_steps + 1) // per_permutation) - 1
+        permutations = [seen] + [seen[torch.randperm(len(seen), generator=generator)] for _ in range(num_fresh)]
+        order = torch.cat([permutation[: per_permutation * self.batch_size] for permutation in permutations])
         order = order[: (self.num_steps + 1) * self.batch_size]
         shape = (self.num_steps + 1, self.batch_size)
         # index_select copies whole images: ten times as fast as `images[order]`.
         inputs = images.index_select(0, order).view(*shape, _SIZE, _SIZE)
-        return {"inputs": inputs, "targets": labels.index_select(0, order).view(shape)}
+        sample = {"inputs": inputs, "targets": labels.index_select(0, order).view(shape)}
+        if num_unseen:
+            sample["unseen_inputs"] = images.index_select(0, unseen)
+            sample["unseen_targets"] = labels.index_select(0, unseen)
+        return sample
+
+    def _num_set_aside(self, stage: Stage) -> int:
+        return 0 if stage == "train" else self.num_unseen
+
+    def _check_enough(self, stage: Stage, available: int) -> None:
+        """Refuses a stage whose `available` images do not make one minibatch besides those set aside."""
+        num_unseen = self._num_set_aside(stage)
+        if available >= self.batch_size + num_unseen:
+            return
+        sizes, remedy = f"batch_size={self.batch_size} needs", f"use batch_size={available} or fewer"
+        if not available:
+            remedy = "put the full data set there"
+        elif num_unseen:
+            sizes = f"batch_size={self.batch_size} and num_unseen={num_unseen} need"
+            spare = available - self.batch_size
+            remedy = f"use num_unseen={spare} or fewer" if spare >= 0 else f"{remedy}, and num_unseen=0"
+        raise ValueError(
+            f"{sizes} {self.batch_size + num_unseen} {stage} images, but {idx.raw_folder(self.root)} has "
+            f"{available}; {remedy}"
+        )
 
     def _read(self, prefix: str) -> tuple[Tensor, Tensor]:
         """Reads and checks the pair of files `prefix`: images `[n, 28, 28]` and labels `[n]`."""

@@ -53,6 +53,18 @@ class Task(ABC):
             The losses ``[num_tasks]``; entry k depends on entry k of ``params`` and ``batch`` only.
         """
 
+    def unseen(self, params: Mapping[str, Tensor], batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """How well every task's optimizee does on data on which it has not been trained.
+
+        Args:
+            params: The parameters ``[num_tasks, ...]``, with or without the buffers; neither is changed.
+            batch: The episode's data, tensors ``[num_tasks, ...]``.
+
+        Returns:
+            Figures ``[num_tasks]`` by name, such as ``"accuracy"``, without gradients; none by default.
+        """
+        return {}
+
 
 def mix_seed(seed: int, stream: int) -> int:
     """Derive the seed of one of a task's random streams (the splitmix64 generator).

@@ -3,7 +3,7 @@
 import copy
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -13,6 +13,9 @@ from torch.nn.modules.dropout import _DropoutNd
 from torch.nn.parameter import is_lazy
 
 from lightning_l2l.tasks.base import Task, mix_seed
+
+_UNSEEN_STREAM = 1 << 32  # of random numbers; those below are the start's, 0, and the steps', 1 + step
+_LABELS = (torch.int64, torch.int32, torch.int16, torch.int8)  # uint8 labels have become int64
 
 
 class NetworkTask(Task):
@@ -110,27 +113,15 @@ class NetworkTask(Task):
         Raises:
             ValueError: If the network is stochastic and the batch has no seed.
         """
-        like = params[self._names[0]]
-        num_tasks = len(like)
         inputs, targets = batch["inputs"].select(1, step), batch["targets"].select(1, step)
-        labels = targets.dtype == torch.uint8
-        if inputs.dtype == torch.uint8:
-            inputs = inputs.to(like.device).to(like.dtype).div_(255)
-        inputs = _match(inputs, like)
-        targets = targets.to(like.device, torch.int64) if labels else _match(targets, like)
-        if not self._buffers.keys() <= params.keys():
-            initial = {name: _match(value, like) for name, value in self.init_buffers(num_tasks).items()}
-            params = {**initial, **params}
-        tensors = [params[name] for name in self._names] + [params[name] for name in self._buffers]
-
-        with _noise(like.device, _noise_seed(batch, step)) if self._random else nullcontext():
+        num_tasks, labels = len(inputs), targets.dtype == torch.uint8
+        tensors, inputs, targets = self._prepare(params, inputs, targets)
+        with self._noise(batch, 1 + step, inputs.device):
             if num_tasks == 1:  # vmap would cost as much as a small network itself
                 one = [tensor.squeeze(0) for tensor in tensors]
                 return self._copy_loss(one, inputs.squeeze(0), targets.squeeze(0)).unsqueeze(0)
             if self._one_by_one:
-                copies = zip(*[tensor.unbind(0) for tensor in tensors], strict=True)
-                data = zip(copies, inputs.unbind(0), targets.unbind(0), strict=True)
-                return torch.stack([self._copy_loss(*entry) for entry in data])
+                return torch.stack([self._copy_loss(*copy) for copy in _copies(tensors, inputs, targets)])
             # "error": a random function that nobody told us about is refused, not left unrepeatable.
             randomness = "different" if self._random else "error"
             if labels and self.loss_fn is nn.functional.cross_entropy:
@@ -142,9 +133,75 @@ class NetworkTask(Task):
             losses: Tensor = torch.func.vmap(self._copy_loss, randomness=randomness)(tensors, inputs, targets)
             return losses
 
+    @torch.no_grad()
+    def unseen(self, params: Mapping[str, Tensor], batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Evaluate each copy, in evaluation mode, on the examples that its task has set aside.
+
+        Without dropout, that is, and with each copy's running statistics for batch norm, where the buffers are
+        merged into ``params``.
+
+        Args:
+            params: Parameters ``[num_tasks, ...]``, with or without the buffers; neither is changed.
+            batch: ``unseen_inputs`` ``[num_tasks, n, ...]`` and ``unseen_targets`` ``[num_tasks, n]``, treated
+                as ``loss`` does ``inputs`` and ``targets``; and ``seed`` as there.
+
+        Returns:
+            ``"loss"``, ``[num_tasks]``, and, where targets are integers and outputs are ``[n, classes]``,
+            ``"accuracy"``, ``[num_tasks]``: the share of examples, in [0, 1], whose largest output is that of
+            their class. Nothing where the batch has no unseen examples.
+
+        Raises:
+            ValueError: If the network is stochastic and the batch has no seed.
+        """
+        if "unseen_inputs" not in batch or "unseen_targets" not in batch:
+            return {}
+        kept = {name: params[name].clone() for name in self._buffers if name in params}
+        tensors, inputs, targets = self._prepare({**params, **kept}, batch["unseen_inputs"], batch["unseen_targets"])
+        self._template.eval()
+        try:
+            with self._noise(batch, _UNSEEN_STREAM, inputs.device):
+                # One after the other: in this mode some layers have kernels for which vmap has no rule.
+                figures = [self._copy_figures(*copy) for copy in _copies(tensors, inputs, targets)]
+        finally:
+            self._template.train()
+        return {name: torch.stack([copy[name] for copy in figures]) for name in figures[0]}
+
+    def _prepare(
+        self, params: Mapping[str, Tensor], inputs: Tensor, targets: Tensor
+    ) -> tuple[list[Tensor], Tensor, Tensor]:
+        """All tensors of the network, in the order of the slots' indices, and the data in the form it takes."""
+        like = params[self._names[0]]
+        if inputs.dtype == torch.uint8:
+            inputs = inputs.to(like.device).to(like.dtype).div_(255)
+        inputs = _match(inputs, like)
+        labels = targets.dtype == torch.uint8
+        targets = targets.to(like.device, torch.int64) if labels else _match(targets, like)
+        if not self._buffers.keys() <= params.keys():
+            initial = {name: _match(value, like) for name, value in self.init_buffers(len(like)).items()}
+            params = {**initial, **params}
+        return [params[name] for name in (*self._names, *self._buffers)], inputs, targets
+
+    def _noise(self, batch: Mapping[str, Tensor], stream: int, device: torch.device) -> AbstractContextManager[None]:
+        """Where a stochastic network draws its random numbers: from a stream of the first task's seed."""
+        if not self._random:
+            return nullcontext()
+        if "seed" not in batch:
+            raise ValueError(
+                "the network draws random numbers (dropout, for one) and the batch has no 'seed' [num_tasks] to "
+                "draw them from; add it to the data, or remove the random layers"
+            )
+        return _seeded(device, mix_seed(int(batch["seed"][0]), stream))
+
     def _copy_loss(self, tensors: Sequence[Tensor], inputs: Tensor, targets: Tensor) -> Tensor:
         loss: Tensor = self.loss_fn(self._forward(tensors, inputs), targets)
         return loss
+
+    def _copy_figures(self, tensors: Sequence[Tensor], inputs: Tensor, targets: Tensor) -> dict[str, Tensor]:
+        outputs = self._forward(tensors, inputs)
+        figures = {"loss": self.loss_fn(outputs, targets)}
+        if targets.dtype in _LABELS and targets.dim() == 1 and outputs.dim() == 2 and outputs.shape[1] > 1:
+            figures["accuracy"] = (outputs.argmax(1) == targets).to(outputs.dtype).mean()
+        return figures
 
     def _forward(self, tensors: Sequence[Tensor], inputs: Tensor) -> Tensor:
         """Run one copy: ``torch.func.functional_call``, with the search for names done once and for all."""
@@ -175,6 +232,11 @@ class NetworkTask(Task):
             else:
                 named = dict(self.module().named_parameters())
         return {name: named[name].detach().clone() for name in self._names}
+
+
+def _copies(tensors: Sequence[Tensor], *data: Tensor) -> Iterator[tuple[Any, ...]]:
+    """Taken apart: for each copy its list of tensors and its part of each of ``data``."""
+    return zip(zip(*[tensor.unbind(0) for tensor in tensors], strict=True), *data, strict=True)
 
 
 def _match(tensor: Tensor, like: Tensor) -> Tensor:
@@ -244,17 +306,8 @@ def _takes_vmap(module: nn.Module) -> bool:
     return True
 
 
-def _noise_seed(batch: Mapping[str, Tensor], step: int) -> int:
-    if "seed" not in batch:
-        raise ValueError(
-            "the network draws random numbers (dropout, for one) and the batch has no 'seed' [num_tasks] to "
-            "draw them from; add it to the data, or remove the random layers"
-        )
-    return mix_seed(int(batch["seed"][0]), 1 + step)  # stream 0 is the starting point
-
-
 @contextmanager
-def _noise(device: torch.device, seed: int) -> Iterator[None]:
+def _seeded(device: torch.device, seed: int) -> Iterator[None]:
     """Seed the RNGs that a forward pass on ``device`` draws from; put them back as they were afterwards."""
     if device.type == "cpu":
         with _global_rng(torch.Generator().manual_seed(seed)):

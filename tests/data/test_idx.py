@@ -25,6 +25,11 @@ def test_read(tmp_path, name):
     assert np.array_equal(values, VALUES)
 
 
+def test_write(tmp_path):
+    idx.write_idx(tmp_path / "images", VALUES)
+    assert (tmp_path / "images").read_bytes() == IDX
+
+
 @pytest.mark.parametrize("name", ["images", "images.gz"])
 @pytest.mark.parametrize(
     ("content", "message"),

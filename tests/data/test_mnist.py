@@ -31,29 +31,65 @@ def marked_root(tmp_path, write_mnist):
 
 
 def ready(root, **kwargs):
-    data = MNISTDataModule(root, **dict(num_tasks=2, batch_size=8, num_steps=4, download=False) | kwargs)
+    defaults = dict(num_tasks=2, batch_size=8, num_steps=4, download=False, num_unseen=12)
+    data = MNISTDataModule(root, **defaults | kwargs)
     data.prepare_data()
     data.setup()
     return data
 
 
-def test_batch(mnist_root):
-    batch = next(iter(ready(mnist_root).train_dataloader()))
-    assert {name: (values.dtype, tuple(values.shape)) for name, values in batch.items()} == {
-        "inputs": (torch.uint8, (2, 5, 8, 28, 28)),
-        "targets": (torch.uint8, (2, 5, 8)),
-        "seed": (torch.int64, (2,)),
-    }
+TRAINED_ON = {
+    "inputs": (torch.uint8, (2, 5, 8, 28, 28)),
+    "targets": (torch.uint8, (2, 5, 8)),
+    "seed": (torch.int64, (2,)),
+}
+UNSEEN = {"unseen_inputs": (torch.uint8, (2, 12, 28, 28)), "unseen_targets": (torch.uint8, (2, 12))}
+
+
+@pytest.mark.parametrize(
+    ("stage", "num_unseen", "expected"),
+    [
+        ("train", 12, TRAINED_ON),
+        ("val", 12, TRAINED_ON | UNSEEN),
+        ("test", 12, TRAINED_ON | UNSEEN),
+        ("val", 0, TRAINED_ON),
+        ("test", 0, TRAINED_ON),
+    ],
+)
+def test_batch(mnist_root, stage, num_unseen, expected):
+    batch = next(iter(getattr(ready(mnist_root, num_unseen=num_unseen), f"{stage}_dataloader")()))
+    assert {name: (values.dtype, tuple(values.shape)) for name, values in batch.items()} == expected
 
 
 def test_stages_have_no_image_in_common(marked_root):
     data = ready(marked_root, num_steps=60, num_val_tasks=2, num_test_tasks=2, episodes_per_epoch=1)
     loaders = {"train": data.train_dataloader(), "val": data.val_dataloader(), "test": data.test_dataloader()}
-    seen = {stage: set(marks(next(iter(loader))["inputs"]).flatten().tolist()) for stage, loader in loaders.items()}
-    # 61 minibatches of 8 images cannot use all of the 550 training images, two tasks nearly can.
-    assert seen["train"] <= set(range(550)) and len(seen["train"]) > 500
-    assert seen["val"] == set(range(550, 600))
-    assert seen["test"] == set(range(600, 800))
+    batches = {stage: next(iter(loader)) for stage, loader in loaders.items()}
+    seen = {stage: set(marks(batch["inputs"]).flatten().tolist()) for stage, batch in batches.items()}
+    unseen = {stage: set(marks(batches[stage]["unseen_inputs"]).flatten().tolist()) for stage in ("val", "test")}
+    # 61 minibatches of 8 images cannot use all of the 500 training images, two tasks nearly can.
+    assert seen["train"] <= set(range(500)) and len(seen["train"]) > 480
+    assert seen["val"] | unseen["val"] == set(range(500, 600))
+    assert seen["test"] | unseen["test"] == set(range(600, 800))
+
+
+@pytest.mark.parametrize("stage", ["val", "test"])
+def test_unseen_images_are_in_no_minibatch_of_their_task(marked_root, stage):
+    # 100 or 200 images less 12 make 11 or 23 minibatches of 8: 61 need several permutations.
+    data = ready(marked_root, num_steps=60, num_val_tasks=3, num_test_tasks=3, num_tasks=3)
+    batch = next(iter(getattr(data, f"{stage}_dataloader")()))
+    numbers = marks(batch["unseen_inputs"])
+    assert torch.equal(batch["unseen_targets"], (numbers % 10).byte())
+    assert len({tuple(task.tolist()) for task in numbers}) == 3
+    total = {"val": 100, "test": 200}[stage]
+    for unseen, seen in zip(numbers, marks(batch["inputs"]), strict=True):
+        assert len(unseen.unique()) == 12
+        assert len(seen.unique()) == total - 12 and not torch.isin(seen, unseen).any()
+
+
+def test_training_uses_every_image(marked_root):
+    data = ready(marked_root, num_steps=150, num_tasks=1, num_unseen=50)
+    assert len(marks(next(iter(data.train_dataloader()))["inputs"]).unique()) == 500
 
 
 def test_images_keep_their_labels(marked_root):
@@ -62,8 +98,8 @@ def test_images_keep_their_labels(marked_root):
 
 
 def test_draws_without_replacement(marked_root):
-    # 50 validation images make 6 minibatches of 8; then a fresh permutation begins.
-    drawn = marks(next(iter(ready(marked_root, num_steps=13).val_dataloader()))["inputs"][0])
+    # 100 validation images less 50 make 6 minibatches of 8; then a fresh permutation begins.
+    drawn = marks(next(iter(ready(marked_root, num_steps=13, num_unseen=50).val_dataloader()))["inputs"][0])
     assert drawn.shape == (14, 8)
     for permutation in (drawn[:6], drawn[6:12], drawn[12:]):
         assert len(permutation.unique()) == permutation.numel()
@@ -99,7 +135,7 @@ def test_unpacked_files_in_a_read_only_root(tmp_path, write_mnist):
         path.unlink()
     os.chmod(folder, 0o555)
     try:
-        data = ready(root, batch_size=2, download=True)
+        data = ready(root, batch_size=2, download=True, num_unseen=2)
     finally:
         os.chmod(folder, 0o755)
     assert len(next(iter(data.test_dataloader()))["seed"]) == 2
@@ -121,12 +157,31 @@ def test_sample_before_setup(mnist_root):
         next(iter(loader))
 
 
-@pytest.mark.parametrize(("stage", "batch_size", "available"), [("val", 51, 50), ("test", 201, 200)])
-def test_too_few_images(tmp_path, write_mnist, stage, batch_size, available):
-    num_train = 600 if stage == "val" else 12 * 300
-    root = write_mnist(tmp_path, marked(num_train, 0), labels(num_train), marked(200, 0), labels(200))
-    with pytest.raises(ValueError, match=f"batch_size={batch_size} .* {stage} .*; use batch_size={available} or"):
-        ready(root, batch_size=batch_size)
+@pytest.mark.parametrize(
+    ("batch_size", "num_unseen", "message"),
+    [
+        (101, 0, r"batch_size=101 needs 101 val images, but .*raw has 100; use batch_size=100 or fewer$"),
+        (9, 92, r"batch_size=9 and num_unseen=92 need 101 val images, .* has 100; use num_unseen=91 or fewer$"),
+        (101, 1, r"and num_unseen=1 need 102 val images, .*; use batch_size=100 or fewer, and num_unseen=0$"),
+        (501, 0, r"batch_size=501 needs 501 train images, but .* has 500; use batch_size=500 or fewer$"),
+    ],
+)
+def test_too_few_images(marked_root, batch_size, num_unseen, message):
+    with pytest.raises(ValueError, match=message):
+        ready(marked_root, batch_size=batch_size, num_unseen=num_unseen)
+
+
+@pytest.mark.parametrize(("num_test", "remedy"), [(19, "use num_unseen=11 or fewer"), (0, "put the full data set")])
+def test_too_few_test_images(tmp_path, write_mnist, num_test, remedy):
+    root = write_mnist(tmp_path, marked(600, 0), labels(600), marked(num_test, 0), labels(num_test))
+    with pytest.raises(ValueError, match=f"test images, but .* has {num_test}; {remedy}"):
+        ready(root)
+
+
+def test_exactly_enough_images(marked_root):
+    batch = next(iter(ready(marked_root, batch_size=8, num_unseen=92).val_dataloader()))
+    for unseen, seen in zip(marks(batch["unseen_inputs"]), marks(batch["inputs"]), strict=True):
+        assert torch.equal(torch.cat([unseen, seen[-1]]).sort().values, torch.arange(500, 600, dtype=torch.int32))
 
 
 @pytest.mark.parametrize(
@@ -141,6 +196,11 @@ def test_wrong_content(tmp_path, write_mnist, images, targets, message):
     root = write_mnist(tmp_path, images, targets, marked(200, 0), labels(200))
     with pytest.raises(ValueError, match=f"{message}.*; delete it and download it again"):
         ready(root)
+
+
+def test_bad_num_unseen():
+    with pytest.raises(ValueError, match="num_unseen=-1 is not an integer of 0 or more"):
+        MNISTDataModule(num_unseen=-1)
 
 
 def test_bad_batch_size():

@@ -33,6 +33,11 @@ def test_init_from_seeds_casts_floating_point_only():
     assert buffers["1.num_batches_tracked"].dtype == torch.int64
 
 
+def test_a_task_has_no_unseen_data_unless_it_says_so():
+    params, _ = init_from_seeds(Quadratic(), torch.arange(2))
+    assert Quadratic().unseen(params, {"W": torch.zeros(2, 10, 10), "y": torch.zeros(2, 10)}) == {}
+
+
 @pytest.mark.parametrize("seeds", [torch.zeros(0, dtype=torch.int64), torch.tensor(3), torch.zeros(2, 1)])
 def test_seeds_must_be_one_per_task(seeds):
     with pytest.raises(ValueError, match="one seed per task"):

@@ -23,6 +23,8 @@ def network(module, shape=(5,), num_classes=3, **kwargs):
         return {
             "inputs": torch.randn(B, NUM_STEPS + 1, ROWS, *shape, generator=g),
             "targets": torch.randint(num_classes, (B, NUM_STEPS + 1, ROWS), generator=g).to(torch.uint8),
+            "unseen_inputs": torch.randn(B, 2 * ROWS, *shape, generator=g),
+            "unseen_targets": torch.randint(num_classes, (B, 2 * ROWS), generator=g).to(torch.uint8),
             "seed": torch.arange(B) + 11,
         }
 
@@ -70,6 +72,8 @@ def test_shapes_and_dtypes(case):
     assert params.keys().isdisjoint(buffers)
     losses = task.loss(params, make(3, torch.Generator()), 0)
     assert losses.shape == (3,) and losses.dtype == torch.float32 and losses.isfinite().all()
+    for figure in task.unseen(params | buffers, make(3, torch.Generator())).values():
+        assert figure.shape == (3,) and figure.dtype == torch.float32 and figure.isfinite().all()
 
 
 def test_start_depends_on_its_own_seed_only(case):
@@ -96,6 +100,7 @@ def test_global_rng_is_untouched(case):
     before = torch.get_rng_state()
     params, buffers = start(task, 2)
     task.loss(params | buffers, make(2, torch.Generator()), 0)
+    task.unseen(params | buffers, make(2, torch.Generator()))
     assert torch.equal(torch.get_rng_state(), before)
     torch.rand(1)
     again, _ = start(task, 2)
@@ -119,6 +124,30 @@ def test_nothing_but_buffers_changes_in_place(case):
             for old, new in zip(module.state_dict().values(), task.module.state_dict().values(), strict=True)
         )
     assert all(torch.equal(value, kept_buffers[name]) for name, value in task.init_buffers(2).items())
+
+
+def test_nothing_changes_on_unseen_data(case):
+    task, make = case
+    params, buffers = start(task, 2)
+    batch = make(2, torch.Generator())
+    before, loss = copy.deepcopy((params, buffers, batch)), task.loss(params, batch, 0)
+    values = {name: tensor.requires_grad_() for name, tensor in params.items()}
+    figures = [task.unseen(values | buffers, batch) for _ in range(2)]
+    for name, figure in figures[0].items():
+        assert torch.equal(figure, figures[1][name]) and not figure.requires_grad
+    for old, new in zip(before, (params, buffers, batch), strict=True):
+        assert all(torch.equal(old[name], new[name]) for name in old)
+    assert torch.equal(task.loss(params, batch, 0), loss)  # in training mode, as before
+
+
+def test_tasks_do_not_see_each_others_unseen_data(case):
+    task, make = case
+    params, buffers = start(task, 3)
+    batch, merged = make(3, torch.Generator()), params | buffers
+    for name, figure in task.unseen(merged, batch).items():
+        for k in range(3):
+            one, part = ({n: t[k : k + 1] for n, t in tensors.items()} for tensors in (merged, batch))
+            torch.testing.assert_close(task.unseen(one, part)[name], figure[k : k + 1])
 
 
 def test_loss_is_repeatable_and_the_same_with_and_without_buffers(case):

@@ -117,6 +117,128 @@ def test_same_as_a_loop_over_ordinary_modules(name, num_tasks, label_dtype):
             assert not buffers[key].requires_grad
 
 
+def unseen_by_hand(module, params, buffers, batch, loss_fn=F.cross_entropy):
+    """Loss and accuracy of one ordinary module per task, in evaluation mode."""
+    losses, accuracies = [], []
+    for k, inputs in enumerate(batch["unseen_inputs"]):
+        net = copy.deepcopy(module)
+        net.load_state_dict({name: tensor[k] for name, tensor in (params | buffers).items()}, strict=False)
+        net.eval()
+        dtype = next(net.parameters()).dtype
+        with torch.no_grad():
+            outputs = net(inputs.to(dtype) / 255 if inputs.dtype == torch.uint8 else inputs)
+        targets = batch["unseen_targets"][k].long()
+        losses.append(loss_fn(outputs, targets))
+        accuracies.append((outputs.argmax(1) == targets).to(dtype).mean())
+    return {"loss": torch.stack(losses), "accuracy": torch.stack(accuracies)}
+
+
+def with_unseen(batch, shape, num_classes=3, rows=9):
+    g = torch.Generator().manual_seed(2)
+    num_tasks = len(batch["seed"])
+    return batch | {
+        "unseen_inputs": torch.randint(256, (num_tasks, rows, *shape), generator=g).to(torch.uint8),
+        "unseen_targets": torch.randint(num_classes, (num_tasks, rows), generator=g).to(torch.uint8),
+    }
+
+
+@pytest.mark.parametrize("label_dtype", [torch.uint8, torch.int64])
+@pytest.mark.parametrize("num_tasks", [1, 3])
+@pytest.mark.parametrize("name", MODULES)
+def test_unseen_same_as_ordinary_modules_in_evaluation_mode(name, num_tasks, label_dtype):
+    module, shape = MODULES[name]
+    module = copy.deepcopy(module).double()
+    task = NetworkTask(module)
+    batch = with_unseen(make_batch(num_tasks, shape), shape)
+    batch["unseen_targets"] = batch["unseen_targets"].to(label_dtype)
+    params, buffers = init_from_seeds(task, torch.arange(num_tasks))
+    for step in range(3):  # running statistics, other ones for each copy
+        task.loss(params | buffers, batch, step)
+    before = {key: tensor.clone() for key, tensor in (params | buffers).items()}
+    figures = task.unseen(params | buffers, batch)
+    torch.testing.assert_close(figures, unseen_by_hand(module, params, buffers, batch))
+    assert all(torch.equal(tensor, before[key]) for key, tensor in (params | buffers).items())
+    # without the buffers: the initial ones
+    initial = {key: tensor.double() for key, tensor in task.init_buffers(num_tasks).items()}
+    torch.testing.assert_close(task.unseen(params, batch), unseen_by_hand(module, params, initial, batch))
+
+
+@pytest.mark.parametrize("num_tasks", [1, 3])
+def test_unseen_without_dropout(num_tasks):
+    module = nn.Sequential(nn.Linear(4, 8), nn.Dropout(0.5), FunctionalDropout(8, 3))
+    task = NetworkTask(module)
+    batch = with_unseen(make_batch(num_tasks, (4,)), (4,))
+    params, _ = init_from_seeds(task, torch.arange(num_tasks))
+    before = task.loss(params, batch, 0)
+    torch.testing.assert_close(task.unseen(params, batch), unseen_by_hand(module, params, {}, batch))
+    assert torch.equal(task.loss(params, batch, 0), before)
+    assert all(layer.training for layer in task._template.modules())
+
+
+def test_unseen_in_layers_with_kernels_of_their_own_for_evaluation():
+    layer = nn.TransformerEncoderLayer(4, 2, 8, batch_first=True)
+    module = nn.Sequential(layer, nn.Flatten(), nn.Linear(20, 3))
+    batch = with_unseen(make_batch(2, (5, 4)), (5, 4))
+    task = NetworkTask(lambda: copy.deepcopy(module))
+    params, _ = init_from_seeds(task, torch.arange(2))
+    torch.testing.assert_close(task.unseen(params, batch), unseen_by_hand(module, params, {}, batch))
+
+
+def test_unseen_uses_the_loss_function():
+    loss_fn = nn.CrossEntropyLoss(label_smoothing=0.3)
+    task = NetworkTask(MLP(4, 5, 1, 3), loss_fn=loss_fn)
+    batch = with_unseen(make_batch(2, (4,)), (4,))
+    params, _ = init_from_seeds(task, torch.arange(2))
+    expected = unseen_by_hand(task.module, params, {}, batch, loss_fn)
+    torch.testing.assert_close(task.unseen(params, batch), expected)
+
+
+def squeezed_mse(output, target):
+    return F.mse_loss(output.squeeze(1), target.to(output.dtype))
+
+
+@pytest.mark.parametrize(
+    ("out_features", "targets", "loss_fn"),
+    [
+        (2, torch.randn(3, 5, 2), F.mse_loss),  # not labels
+        (1, torch.arange(15).view(3, 5), squeezed_mse),  # integers, but no classes to choose from
+    ],
+)
+def test_unseen_has_no_accuracy_without_classes(out_features, targets, loss_fn):
+    module = nn.Linear(4, out_features)
+    task = NetworkTask(module, loss_fn=loss_fn)
+    batch = {"unseen_inputs": torch.randn(3, 5, 4), "unseen_targets": targets}
+    params, _ = init_from_seeds(task, torch.arange(3))
+    figures = task.unseen(params, batch)
+    assert set(figures) == {"loss"}
+    for k in range(3):
+        outputs = F.linear(batch["unseen_inputs"][k], params["weight"][k], params["bias"][k])
+        torch.testing.assert_close(figures["loss"][k], loss_fn(outputs, targets[k]))
+
+
+def test_accuracy_is_the_share_of_hits():
+    task = NetworkTask(nn.Linear(3, 3, bias=False))
+    params = {"weight": torch.eye(3).expand(2, 3, 3)}
+    batch = {
+        "unseen_inputs": torch.eye(3)[[0, 1, 2, 0]].expand(2, 4, 3),
+        "unseen_targets": torch.tensor([[0, 1, 2, 0], [0, 0, 0, 1]], dtype=torch.uint8),
+    }
+    assert task.unseen(params, batch)["accuracy"].tolist() == [1.0, 0.25]
+
+
+def test_no_unseen_data_no_figures():
+    task = NetworkTask(MLP(4, 5, 1, 3))
+    assert task.unseen(init_from_seeds(task, torch.arange(2))[0], make_batch(2, (4,))) == {}
+
+
+def test_a_failing_forward_on_unseen_data_leaves_the_task_in_training_mode():
+    task = NetworkTask(copy.deepcopy(CONVNET))
+    params, buffers = init_from_seeds(task, torch.arange(2))
+    with pytest.raises(RuntimeError):
+        task.unseen(params | buffers, with_unseen(make_batch(2, (1, 6, 6)), (1, 6, 6)))
+    assert all(layer.training for layer in task._template.modules())
+
+
 def test_ignored_labels_do_not_count():
     task = NetworkTask(MLP(4, 5, 1, 3))
     batch = make_batch(2, (4,))
