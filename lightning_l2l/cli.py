@@ -9,6 +9,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+from jsonargparse import Namespace
 from lightning.pytorch import LightningDataModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
@@ -18,7 +19,10 @@ from lightning_l2l import data, rules, tasks  # noqa: F401  # so that YAML can n
 from lightning_l2l.callbacks import LearningCurves
 from lightning_l2l.interrupt import ResumeCheckpoint
 from lightning_l2l.meta_optimizer import MetaOptimizer
-from lightning_l2l.optim import read_checkpoint
+from lightning_l2l.optim import load_rule, read_checkpoint
+from lightning_l2l.rule_files import SUFFIX, shipped_rules
+from lightning_l2l.rules import UpdateRule
+from lightning_l2l.rules.describe import describe
 
 LAST = "last"
 
@@ -49,7 +53,9 @@ TRAINER_DEFAULTS: dict[str, Any] = {
 
 
 class CLI(LightningCLI):
-    """LightningCLI with the product's defaults and callbacks, and `--ckpt_path last` across runs."""
+    """LightningCLI with the product's defaults and callbacks, and `--ckpt_path last` or a shipped rule's name."""
+
+    _rule: UpdateRule | None = None  # in place of the one configured
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """The callbacks that every run has, configurable as `--checkpoint.*` and `--curves.*`."""
@@ -63,6 +69,9 @@ class CLI(LightningCLI):
         config = self.config[command] if command else {}
         if not config.get("ckpt_path"):
             return
+        if config["ckpt_path"] in shipped_rules() or Path(config["ckpt_path"]).suffix == SUFFIX:
+            self._use_rule(config, command)
+            return
         if config["ckpt_path"] == LAST:
             config["ckpt_path"] = str(_newest_last(config))
         path = Path(config["ckpt_path"])
@@ -72,6 +81,23 @@ class CLI(LightningCLI):
         defaults = self._subcommand_parsers[command].get_defaults()
         if config["model"] == defaults["model"]:
             super()._parse_ckpt_path()
+
+    def _use_rule(self, config: Any, command: str | None) -> None:
+        """Put a shipped rule, or a rule file, into the place of the rule that the configuration describes."""
+        name = config["ckpt_path"]
+        if command == "fit":
+            raise ValueError(
+                f"--ckpt_path {name}: a shipped rule is trained already, and `fit` goes on with checkpoints of its own "
+                "only; use `test`, or --ckpt_path null to start anew"
+            )
+        self._rule = load_rule(name)
+        described = describe(self._rule)
+        make: Any = Namespace  # which has no type hints
+        config["model"]["rule"] = make(class_path=described["class_path"], init_args=make(**described["init_args"]))
+
+    def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
+        kwargs: dict[str, Any] = super()._prepare_subcommand_kwargs(subcommand)
+        return kwargs if self._rule is None else {**kwargs, "ckpt_path": None}  # it is in the model already
 
     def before_instantiate_classes(self) -> None:
         """Checkpoints are read without executing anything in them, and know their folder by its whole path."""
@@ -85,7 +111,9 @@ class CLI(LightningCLI):
             self.config[self.subcommand]["weights_only"] = True
 
     def after_instantiate_classes(self) -> None:
-        """Let the run end with a `test` command that repeats its settings."""
+        """Fill in a shipped rule's weights; let the run end with a `test` command that repeats its settings."""
+        if self._rule is not None:
+            self.model.rule.load_state_dict(self._rule.state_dict())
         for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, LearningCurves) and self.trainer.log_dir:
                 config = Path(os.path.relpath(self.trainer.log_dir)) / "config.yaml"

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from lightning_l2l.rule_files import SUFFIX, fill_rule, read_rule, read_shipped, shipped_rules
 from lightning_l2l.rules import UpdateRule
 from lightning_l2l.rules.base import RuleUnroll
-from lightning_l2l.rules.describe import build_rule
 
 STATE = "rule_state"
 
@@ -120,29 +120,26 @@ class LearnedOptimizer(Optimizer):
 
 
 def load_rule(name_or_path: str | Path) -> UpdateRule:
-    """A trained rule from a Lightning checkpoint of `MetaOptimizer`, in evaluation mode.
+    """A trained rule, in evaluation mode.
 
-    The file is read with `weights_only=True`: it cannot execute code.
+    No file can execute code: rule files are read without pickle, checkpoints with `weights_only=True`.
 
     Args:
-        name_or_path: Path of the checkpoint.
+        name_or_path: Name of a shipped rule ("mnist", "quadratic"), or path of a rule file (`.npz`) or of a Lightning
+            checkpoint of `MetaOptimizer`.
 
     Raises:
-        FileNotFoundError: There is no such file.
-        ValueError: The file is no checkpoint of a rule, is damaged, or holds a rule of another size.
+        FileNotFoundError: There is neither a shipped rule nor a file of this name.
+        ValueError: The file holds no rule, is damaged, or holds a rule of another size.
     """
     path = Path(name_or_path)
+    if str(name_or_path) in shipped_rules():
+        return read_shipped(str(name_or_path))
+    if path.suffix == SUFFIX and path.is_file():
+        return read_rule(path)
     checkpoint = read_checkpoint(path)
-    description = checkpoint["hyper_parameters"]["rule"]
     weights = {k.removeprefix("rule."): v for k, v in checkpoint["state_dict"].items() if k.startswith("rule.")}
-    rule = build_rule(description)
-    try:
-        rule.load_state_dict(weights)
-    except RuntimeError as error:
-        raise ValueError(
-            f"the weights in {str(path)!r} do not fit the rule it describes ({description}): it is damaged"
-        ) from error
-    return rule.eval().requires_grad_(False)
+    return fill_rule(checkpoint["hyper_parameters"]["rule"], weights, path)
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
@@ -153,7 +150,10 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         ValueError: The file is damaged, has code in it, or is no checkpoint of a rule.
     """
     if not path.is_file():
-        raise FileNotFoundError(f"no rule at {str(path)!r}; give the path of a checkpoint that `fit` wrote")
+        raise FileNotFoundError(
+            f"no rule at {str(path)!r}; give the path of a checkpoint that `fit` wrote, or the name of a shipped "
+            f"rule: {', '.join(shipped_rules())}"
+        )
     try:
         checkpoint: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # whatever a damaged file makes torch.load raise

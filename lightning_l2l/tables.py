@@ -86,7 +86,9 @@ def _final_losses_table(results: Sequence[Result], budget: Budget | None) -> Tab
 def _course_table(results: Sequence[Result]) -> Table:
     num_steps, num_tasks, goal = len(results[0].losses) - 1, results[0].losses.shape[1], adam_final_loss(results)
     table = _table(f"Course of the {num_steps} steps, means over {num_tasks} test tasks")
-    table.caption = "trajectory: mean loss of all steps; diverged: of the runs; ms a step: of a batch of tasks side by side"
+    table.caption = (
+        "trajectory: mean loss of all steps; diverged: of the runs; ms a step: of a batch of tasks side by side"
+    )
     columns = ["trajectory", "diverged", "ms a step"]
     if goal is not None:
         columns.append("steps to Adam's")

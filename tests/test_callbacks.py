@@ -392,7 +392,7 @@ def test_final_steps_and_unseen_figures_reach_tables_and_files(tmp_path, capsys)
     trainer.test(module, make_data(), verbose=False)
     output = capsys.readouterr().out
     losses = learned_losses(module, make_data().test_dataloader())
-    (row, _), (final, course) = read(Path(trainer.log_dir) / "comparison.csv"), tables(output)
+    (row, _), (_, course) = read(Path(trainer.log_dir) / "comparison.csv"), tables(output)
     assert float(row["final_loss"]) == pytest.approx(float(losses[3:].mean()))
     assert row["final_steps"] == "4" and "mean of steps 3 to 6" in output
     tests = list(make_data().test_dataloader())

@@ -10,11 +10,14 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from lightning.pytorch.cli import LightningCLI
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from lightning_l2l import LearnedOptimizer, load_rule, main
 from lightning_l2l.cli import _foreseen
+from lightning_l2l.rule_files import save_rule, shipped_rules
+from lightning_l2l.rules.describe import describe
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
@@ -131,6 +134,7 @@ def mnist(root, *flags):
         "--data.num_val_tasks=2",
         "--data.num_test_tasks=2",
         "--model.num_steps=4",
+        "--model.final_steps=2",
         "--model.unroll_length=2",
         "--model.rule.hidden_size=3",
         "--trainer.accelerator=cpu",
@@ -147,16 +151,41 @@ def test_mnist_recipe(mnist_root):
     assert len(rows(table)) >= 5
 
 
+def test_a_shipped_rule_is_tested_by_its_name(monkeypatch):
+    main(["test", "--ckpt_path=quadratic", *(f for f in TINY if "rule" not in f), "--trainer.default_root_dir=a"])
+    save_rule(load_rule("quadratic"), Path("own.npz"))
+    found = []
+    monkeypatch.setattr(LightningCLI, "_run_subcommand", lambda self, command: found.append(self))
+    main(["test", "--config", str(Path("a") / run() / "config.yaml"), "--trainer.accelerator=cpu"])
+    main(["test", "--ckpt_path=own.npz", "--trainer.accelerator=cpu"])
+    rule = load_rule("quadratic")
+    for cli in found:
+        assert describe(cli.model.rule) == describe(rule)
+        for a, b in zip(cli.model.rule.parameters(), rule.parameters(), strict=True):
+            assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda p: p.stem)
+def test_transfer_recipes_load_the_rule_and_differ_in_the_optimizee_alone(config):
+    recipe = yaml.safe_load(config.read_text())
+    if "ckpt_path" not in recipe:
+        assert recipe["trainer"]["max_epochs"] > 0
+        return
+    assert recipe["ckpt_path"] in shipped_rules() and "trainer" not in recipe and "lr" not in recipe["model"]
+    trained = yaml.safe_load((ROOT / "configs" / f"{recipe['ckpt_path']}.yaml").read_text())
+    assert recipe["data"]["init_args"].items() <= trained["data"]["init_args"].items()
+    assert recipe["model"]["final_steps"] == trained["model"]["final_steps"]
+
+
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda p: p.stem)
 def test_every_recipe_fits_the_signatures(config, monkeypatch):
     monkeypatch.setattr(LightningCLI, "_run_subcommand", lambda self, command: None)
-    for command in ("fit", "test"):
-        main([command, "--config", str(config), "--trainer.accelerator=cpu"])
+    main(["test", "--config", str(config), "--trainer.accelerator=cpu"])
+    own = [] if "ckpt_path" not in yaml.safe_load(config.read_text()) else ["--ckpt_path=null"]
+    main(["fit", "--config", str(config), "--trainer.accelerator=cpu", *own])
 
 
 def test_the_recipe_of_the_quadratics_is_the_default():
-    import yaml
-
     from lightning_l2l.cli import DEFAULTS, TRAINER_DEFAULTS
 
     recipe = yaml.safe_load((ROOT / "configs" / "quadratic.yaml").read_text())
@@ -211,6 +240,8 @@ def mistakes(trained, mnist_root, tmp_path):
         (["fit", "--config=class.yaml"], "CoordinatewiseGRU"),
         (["fit", "--ckpt_path=nowhere.ckpt"], "nowhere.ckpt"),
         (["fit", "--ckpt_path=last"], "no checkpoints/last.ckpt"),
+        (["fit", "--ckpt_path=mnist"], "a shipped rule is trained already"),
+        (["fit", f"--config={ROOT / 'configs' / 'mnist_relu.yaml'}"], "a shipped rule is trained already"),
         (["test", *TINY, f"--ckpt_path={damaged}"], "damaged"),
         (["test", *TINY, "--model.rule.hidden_size=4", f"--ckpt_path={trained}"], "--model.rule.hidden_size 3"),
         (["test", *TINY, "--trainer.inference_mode=true", f"--ckpt_path={trained}"], "inference_mode=False"),
@@ -233,7 +264,7 @@ def test_bad_input_is_told_in_one_line_with_value_and_remedy(trained, mnist_root
         assert told in message, (arguments, message)
 
 
-@pytest.mark.parametrize("number", [1, 5, 9, 13])
+@pytest.mark.parametrize("number", [1, 5, 9, 11, 15])
 def test_the_shell_sees_that_line_and_no_traceback(number, trained, mnist_root, tmp_path):
     arguments, told = mistakes(trained, mnist_root, tmp_path)[number]
     process = shell(*arguments)

@@ -7,6 +7,7 @@ from torch import nn
 
 from lightning_l2l import CoordinatewiseLSTM, LearnedOptimizer, Quadratic, load_rule
 from lightning_l2l.comparison import rollout
+from lightning_l2l.rule_files import save_rule, shipped_rules
 from lightning_l2l.tasks import MLP, NetworkTask
 from lightning_l2l.unroll import Unroll
 
@@ -58,7 +59,7 @@ def test_the_trajectory_is_that_of_meta_training(rule, which, memory):
     episode = unroll.start(batch)
     trained = torch.cat([unroll.run(episode, 5).losses for _ in range(2)])
     deployed = rollout(lambda p: LearnedOptimizer(p, rule), task, batch, 10, torch.device("cpu"))
-    torch.testing.assert_close(deployed[1:], trained, rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(deployed.losses[1:], trained, rtol=1e-5, atol=1e-7)
 
 
 def test_updates_are_the_rules_own(rule):
@@ -169,6 +170,15 @@ def test_load_rule_brings_back_rule_and_weights(rule, tmp_path):
     for a, b in zip(loaded.state_dict().values(), rule.state_dict().values(), strict=True):
         assert torch.equal(a, b)
     assert not any(p.requires_grad for p in loaded.parameters())
+
+
+def test_load_rule_reads_rule_files_and_knows_the_shipped_ones(rule, tmp_path):
+    save_rule(rule, tmp_path / "own.npz")
+    assert torch.equal(load_rule(tmp_path / "own.npz").readout.weight, rule.readout.weight)
+    for name in shipped_rules():
+        assert not load_rule(name).training
+    with pytest.raises(FileNotFoundError, match=r"no rule at 'cifar'; .* name of a shipped rule: mnist, quadratic"):
+        load_rule("cifar")
 
 
 def without_rule(content):
