@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import copy
 import shlex
 import time
-from collections.abc import Iterable, Iterator, Sequence
-from itertools import islice
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
@@ -15,20 +12,19 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities import CombinedLoader
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.seed import isolate_rng
 from matplotlib.figure import Figure
-from torch import Tensor, distributed
-from torch.utils.data import DataLoader
+from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
-from lightning_l2l.comparison import Baseline, Batch, Rollout, Tuned, find_baselines, rollout, tune
+from lightning_l2l.comparison import Baseline, Rollout, Tuned, find_baselines, rollout, tune
 from lightning_l2l.figures import learning_curves
 from lightning_l2l.results import Result, write_comparison, write_curves, write_predictions
+from lightning_l2l.runs import gather, log_folder, shown, tensorboards, validation_batches, writes
 from lightning_l2l.tables import Budget, comparison_tables, print_table, summary_table
 from lightning_l2l.tasks import Task
-from lightning_l2l.tensorboard import curve_folder, tensorboards, write_curve, write_test
+from lightning_l2l.tensorboard import curve_folder, write_curve, write_test
 
 #: Name of the rule in tables, log keys and files.
 LEARNED = "learned"
@@ -170,10 +166,10 @@ class LearningCurves(Callback):
             for logger in tensorboards(trainer):
                 logger.log_hyperparams(pl_module.hparams_initial, {"hp/final_loss": best})
         if checkpoint is not None:
-            path = shlex.quote(_shown(checkpoint.best_model_path))
+            path = shlex.quote(shown(checkpoint.best_model_path))
             print(f"Compare on test tasks:  {self.test_command_prefix} --ckpt_path {path}")
         for logger in tensorboards(trainer)[:1]:
-            print(f"Look at the curves:     tensorboard --logdir {shlex.quote(_shown(logger.log_dir))}")
+            print(f"Look at the curves:     tensorboard --logdir {shlex.quote(shown(logger.log_dir))}")
 
     # Test
 
@@ -210,18 +206,18 @@ class LearningCurves(Callback):
         self.results = [self._result(trainer, pl_module, name, runs, rates[name]) for name, runs in self._runs.items()]
         for result in self.results:
             pl_module.log(f"test/{result.name}/final_loss", result.final_loss, sync_dist=True)
-        folder = _folder(trainer)
+        folder = log_folder(trainer)
         if trainer.is_global_zero:
             for table in comparison_tables(self.results, self._budget()):
                 print_table(table)
             for logger in tensorboards(trainer):
                 logger.experiment.add_figure("test/learning_curves", self._draw("test"), trainer.global_step)
                 write_test(logger, self.results)
-            if _writes(trainer):
+            if writes(trainer):
                 write_comparison(folder / "comparison.csv", self.results)
                 write_curves(folder / "curves.csv", self.results, self.quantiles)
                 self._draw("test").savefig(folder / "curves.png")
-                print(f"Written to {_shown(folder)}: comparison.csv, curves.csv, curves.png")
+                print(f"Written to {shown(folder)}: comparison.csv, curves.csv, curves.png")
 
     # Predict
 
@@ -246,17 +242,17 @@ class LearningCurves(Callback):
         if not self._runs[LEARNED]:
             return
         losses = self._result(trainer, pl_module, LEARNED, self._runs[LEARNED]).losses
-        path = _folder(trainer) / "predictions.csv"
-        if _writes(trainer):
+        path = log_folder(trainer) / "predictions.csv"
+        if writes(trainer):
             write_predictions(path, losses)
-            print(f"Written: {_shown(path)}, {_count(losses.shape[1], 'task')} x {len(losses)} losses")
+            print(f"Written: {shown(path)}, {_count(losses.shape[1], 'task')} x {len(losses)} losses")
 
     # Tuning
 
     def _tune(self, trainer: Trainer, pl_module: LightningModule, loaders: Any) -> None:
         task, num_steps = _setting(pl_module)
         with isolate_rng():  # training goes on as if nothing had been tuned
-            batches = list(_batches(trainer, loaders))
+            batches = list(validation_batches(trainer, loaders))
             if not batches:
                 raise ValueError(
                     "the hand-designed optimizers are tuned on validation tasks, and there are none; give "
@@ -293,11 +289,9 @@ class LearningCurves(Callback):
         self, trainer: Trainer, pl_module: LightningModule, name: str, runs: Sequence[Rollout], lr: float | None = None
     ) -> Result:
         """The runs of all processes together."""
-        losses = _gather(trainer, torch.cat([run.losses for run in runs], 1))
+        losses = gather(trainer, torch.cat([run.losses for run in runs], 1))
         losses = losses.masked_fill(~losses.isfinite(), torch.inf)
-        unseen = {
-            key: _gather(trainer, torch.cat([run.unseen[key] for run in runs])[None])[0] for key in runs[0].unseen
-        }
+        unseen = {key: gather(trainer, torch.cat([run.unseen[key] for run in runs])[None])[0] for key in runs[0].unseen}
         seconds = sum(run.seconds for run in runs) / len(runs) / (len(losses) - 1)
         return Result(name, losses, lr, _final_steps(pl_module), unseen, seconds)
 
@@ -319,50 +313,3 @@ def _best_checkpoint(trainer: Trainer) -> ModelCheckpoint | None:
 
 def _count(number: int, noun: str) -> str:
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
-
-
-def _gather(trainer: Trainer, values: Tensor) -> Tensor:
-    """Values `[n, num_tasks]` of all processes, in the order of the tasks: process r of R has r, r + R, ..."""
-    parts = [values]
-    if trainer.world_size > 1:  # not by the strategy: it calls what torch 2.13 says is deprecated
-        parts = [torch.empty_like(values) for _ in range(trainer.world_size)]
-        distributed.all_gather(parts, values.contiguous())
-    return torch.stack(parts, 2).flatten(1).cpu().double()
-
-
-def _batches(trainer: Trainer, loaders: Any) -> Iterator[Batch]:
-    """This process' batches on its device, as many of them as validation has."""
-    for index, loader in enumerate(CombinedLoader(loaders, "sequential").flattened):
-        share = trainer.limit_val_batches  # a float is one of all batches, an int a number of them
-        limit = share if isinstance(share, int) else None if share == 1 else int(share * len(loader))
-        for batch in islice(_independent(loader), limit):
-            converted = trainer.precision_plugin.convert_input(batch)
-            yield trainer.strategy.batch_to_device(converted, dataloader_idx=index)
-
-
-def _independent(loader: Iterable[Any]) -> Iterable[Any]:
-    """The loader with workers of its own: persistent ones serve one iteration at a time, here Lightning's."""
-    if not isinstance(loader, DataLoader):
-        return loader
-    own = copy.copy(loader)
-    own._iterator = None
-    return own
-
-
-def _folder(trainer: Trainer) -> Path:
-    """Where files go; all processes must ask."""
-    folder = Path(trainer.log_dir or trainer.default_root_dir)
-    if _writes(trainer):
-        folder.mkdir(parents=True, exist_ok=True)
-    return folder
-
-
-def _writes(trainer: Trainer) -> bool:
-    return trainer.is_global_zero and not trainer.fast_dev_run  # type: ignore[attr-defined]
-
-
-def _shown(path: str | Path) -> str:
-    """A path as short as a user would type it."""
-    path = Path(path).resolve()
-    here = Path.cwd()
-    return str(path.relative_to(here) if path.is_relative_to(here) else path)

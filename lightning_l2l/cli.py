@@ -166,13 +166,13 @@ def main(args: ArgsType = None) -> None:
             args=args,
         )
     except (ValueError, RuntimeError, FileNotFoundError) as error:
-        foreseen = _foreseen(error)
+        foreseen = find_foreseen(error)
         if args is not None or foreseen is None:
             raise
         sys.exit(f"error: {foreseen}")
 
 
-def _foreseen(error: BaseException | None) -> BaseException | None:
+def find_foreseen(error: BaseException | None) -> BaseException | None:
     """The first error of the chain that the project itself raised: its message says all there is to say."""
     while error is not None:
         trace = error.__traceback__

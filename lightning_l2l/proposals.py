@@ -21,13 +21,13 @@ from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_l2l.callbacks import LEARNED, LearningCurves, _folder, _shown, _writes
+from lightning_l2l.callbacks import LEARNED, LearningCurves
 from lightning_l2l.comparison import BASELINES, Baseline, Batch, MakeOptimizer, rollout
 from lightning_l2l.figures import COLOURS, DASHES
 from lightning_l2l.optim import LearnedOptimizer
 from lightning_l2l.rules import UpdateRule
+from lightning_l2l.runs import log_folder, shown, tensorboards, writes
 from lightning_l2l.tasks import Task
-from lightning_l2l.tensorboard import tensorboards
 
 STEPS = (2, 5, 10, 20, 50, 100)
 #: Gradients before the current one that a panel marks, and that its range covers.
@@ -288,11 +288,11 @@ class UpdateProposals(Callback):
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Show the figure and write it."""
-        path = _folder(trainer) / "proposals.png"  # all processes must ask
-        if self._batch is not None and _writes(trainer):
+        path = log_folder(trainer) / "proposals.png"  # all processes must ask
+        if self._batch is not None and writes(trainer):
             figure = self._draw(trainer, pl_module, self._batch, "test")
             figure.savefig(path)
-            print(f"Written: {_shown(path)}")
+            print(f"Written: {shown(path)}")
             for logger in tensorboards(trainer):
                 logger.experiment.add_figure("test/update_proposals", figure, trainer.global_step)
         self._batch = None

@@ -182,7 +182,7 @@ def _run(command: list[str], setting: Row, root: Path, first: bool) -> tuple[lis
             return rows, DONE
         return rows, f"failed: the rule diverged, final_loss={final_loss}"
     except (ValueError, RuntimeError, FileNotFoundError) as error:
-        foreseen = cli._foreseen(error)
+        foreseen = cli.find_foreseen(error)
         if foreseen is None:
             raise
         if first and not isinstance(foreseen, RuntimeError):  # those: it diverged

@@ -6,19 +6,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
 
-from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 from tensorboard.compat.proto.event_pb2 import Event, SessionLog  # type: ignore[import-untyped]
 from torch.utils.tensorboard import SummaryWriter
 
 from lightning_l2l.results import Result, adam_final_loss, best_final_loss
-
-
-def tensorboards(trainer: Trainer) -> list[TensorBoardLogger]:
-    """Those that this process writes to."""
-    if not trainer.is_global_zero:
-        return []
-    return [logger for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)]
 
 
 def curve_folder(logger: TensorBoardLogger, name: str) -> str:

@@ -15,7 +15,7 @@ from lightning.pytorch.cli import LightningCLI
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from lightning_l2l import LearnedOptimizer, load_rule, main
-from lightning_l2l.cli import _foreseen
+from lightning_l2l.cli import find_foreseen
 from lightning_l2l.rule_files import save_rule, shipped_rules
 from lightning_l2l.rules.describe import describe
 
@@ -257,7 +257,7 @@ def test_bad_input_is_told_in_one_line_with_value_and_remedy(trained, mnist_root
         except SystemExit:  # the parser's own
             message = capsys.readouterr().err.split("error: ")[1]
         except (ValueError, RuntimeError, FileNotFoundError) as error:
-            message = str(_foreseen(error))
+            message = str(find_foreseen(error))
             assert "\n" not in message, message
         else:
             pytest.fail(f"{arguments} went through")
