@@ -11,7 +11,7 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import ReduceLROnPlateau
+from torch.optim.lr_scheduler import CosineAnnealingLR, ReduceLROnPlateau
 from torchmetrics import MeanMetric
 
 from lightning_l2l.comparison import Rollout, rollout
@@ -63,6 +63,8 @@ class MetaOptimizer(LightningModule):
         optimizer: The meta-optimizer; `lr` is set on it.
         lr_scheduler: Learning-rate schedule of the meta-optimizer, in *epochs*; one that waits for a plateau
             watches `val/final_loss`.
+        anneal: Let the meta-learning rate fall along a cosine, *epoch* by epoch, to 0 at the Trainer's `max_epochs`;
+            in place of `lr_scheduler`.
         gradient_clip: Largest norm of a meta-gradient; None leaves it as it is.
         max_skipped: *Outer steps* in a row with a meta-gradient that is not finite before the run is stopped.
         second_derivatives: See `Unroll`.
@@ -85,6 +87,7 @@ class MetaOptimizer(LightningModule):
         lr: float = 0.003,
         optimizer: OptimizerCallable = torch.optim.Adam,
         lr_scheduler: LRSchedulerCallable | None = None,
+        anneal: bool = False,
         gradient_clip: float | None = None,
         max_skipped: int = 20,
         second_derivatives: bool = False,
@@ -102,6 +105,8 @@ class MetaOptimizer(LightningModule):
             )
         if final_steps > num_steps:
             raise ValueError(f"final_steps={final_steps} exceeds num_steps={num_steps}; use 1 to {num_steps}")
+        if anneal and lr_scheduler is not None:
+            raise ValueError("anneal=True and an lr_scheduler are two schedules for one learning rate; leave one out")
         if loss_weights not in LOSS_WEIGHTS:
             raise ValueError(f"loss_weights={loss_weights!r} is unknown; use one of {', '.join(LOSS_WEIGHTS)}")
         for name, value in {"lr": lr, "gradient_clip": gradient_clip}.items():
@@ -112,7 +117,7 @@ class MetaOptimizer(LightningModule):
         self.num_steps, self.unroll_length, self.lr = num_steps, unroll_length, lr
         self.loss_weights, self.final_steps = loss_weights, final_steps
         self.weights = LOSS_WEIGHTS[loss_weights](num_steps)
-        self.optimizer, self.lr_scheduler = optimizer, lr_scheduler
+        self.optimizer, self.lr_scheduler, self.anneal = optimizer, lr_scheduler, anneal
         self.gradient_clip, self.max_skipped = gradient_clip, max_skipped
         self.unroll = Unroll(task, rule, second_derivatives, memory, memory_budget)
         self.skipped = self.skipped_in_a_row = 0
@@ -132,6 +137,7 @@ class MetaOptimizer(LightningModule):
                 "loss_weights": loss_weights,
                 "final_steps": final_steps,
                 "lr": lr,
+                "anneal": anneal,
                 "gradient_clip": gradient_clip,
                 "max_skipped": max_skipped,
                 "second_derivatives": second_derivatives,
@@ -142,10 +148,19 @@ class MetaOptimizer(LightningModule):
         )
 
     def configure_optimizers(self) -> Any:
-        """The meta-optimizer at the meta-learning rate, with its schedule."""
+        """The meta-optimizer at the meta-learning rate, with its schedule.
+
+        Raises:
+            ValueError: `anneal` is on and the Trainer has no `max_epochs`.
+        """
         optimizer = self.optimizer(self.rule.parameters())
         for group in optimizer.param_groups:
             group["lr"] = self.lr
+        if self.anneal:
+            epochs = self.trainer.max_epochs
+            if epochs is None or epochs < 1:
+                raise ValueError(f"anneal=True needs to know the end of the run; set max_epochs (now {epochs})")
+            return {"optimizer": optimizer, "lr_scheduler": CosineAnnealingLR(optimizer, epochs)}
         if self.lr_scheduler is None:
             return optimizer
         return {"optimizer": optimizer, "lr_scheduler": self.lr_scheduler(optimizer)}

@@ -1,8 +1,9 @@
 import copy
+import math
 
 import pytest
 import torch
-from lightning.pytorch import Trainer
+from lightning.pytorch import Callback, Trainer
 
 from lightning_l2l import CoordinatewiseLSTM, MetaOptimizer, Quadratic, QuadraticDataModule
 from lightning_l2l.comparison import Rollout
@@ -163,6 +164,26 @@ def test_scheduler_and_optimizer_are_configurable(trainer):
         torch.testing.assert_close(a, b.detach(), atol=1e-10, rtol=0)
 
 
+def test_annealing_ends_at_zero_with_the_run(trainer):
+    rates = []
+
+    class Watch(Callback):
+        def on_train_epoch_start(self, trainer, module):
+            rates.append(trainer.optimizers[0].param_groups[0]["lr"])
+
+    fit = trainer(max_epochs=4, callbacks=[Watch()])
+    fit.fit(make(lr=0.1, anneal=True), data())
+    assert rates == pytest.approx([0.05 * (1 + math.cos(math.pi * epoch / 4)) for epoch in range(4)])
+    assert fit.optimizers[0].param_groups[0]["lr"] == pytest.approx(0)
+
+
+def test_annealing_needs_an_end_and_no_other_schedule(trainer):
+    with pytest.raises(ValueError, match=r"anneal=True .* set max_epochs \(now -1\)"):
+        trainer(max_epochs=-1).fit(make(anneal=True), data())
+    with pytest.raises(ValueError, match="two schedules for one learning rate"):
+        make(anneal=True, lr_scheduler=torch.optim.lr_scheduler.ConstantLR)
+
+
 def test_plateau_scheduler_watches_the_validation(trainer):
     module = make(
         lr_scheduler=lambda optimizer: torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, patience=0, threshold=1e9)
@@ -262,8 +283,6 @@ def test_the_checkpoint_of_another_rule_is_refused(trainer, tmp_path, other, rem
 
 @pytest.mark.parametrize("stop_after", [1, 3, 4])
 def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(trainer, tmp_path, stop_after):
-    from lightning.pytorch import Callback
-
     class Stop(Callback):
         def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
             if trainer.global_step == 2 * stop_after:
