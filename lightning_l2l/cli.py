@@ -26,17 +26,27 @@ from lightning_l2l.rules.describe import describe
 
 LAST = "last"
 
-#: What `fit` does without arguments; configs/quadratic.yaml is the same with comments.
+#: What `fit` does without arguments; configs/quadratic.yaml is the same with comments, and trains for longer.
 DEFAULTS: dict[str, Any] = {
     "model.task": {"class_path": "lightning_l2l.Quadratic", "init_args": {"dim": 10}},
     "model.rule": {
         "class_path": "lightning_l2l.CoordinatewiseLSTM",
-        "init_args": {"preprocessing": "log_and_sign", "output_scale": 0.1},
+        "init_args": {"preprocessing": "identity", "output_scale": 0.1},
     },
-    "model.lr": 0.003,
+    "model.unroll_length": 5,
+    "model.loss_weights": "linear",
+    "model.lr": 0.01,
+    "model.anneal": True,
+    "model.gradient_clip": 5.0,
     "data": {
         "class_path": "lightning_l2l.QuadraticDataModule",
-        "init_args": {"num_tasks": 128, "dim": 10, "episodes_per_epoch": 50, "num_test_tasks": 512},
+        "init_args": {
+            "num_tasks": 128,
+            "dim": 10,
+            "episodes_per_epoch": 50,
+            "num_val_tasks": 512,
+            "num_test_tasks": 512,
+        },
     },
     "checkpoint.monitor": "val/final_loss",
     "checkpoint.filename": "best",
