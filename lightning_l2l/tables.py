@@ -70,10 +70,10 @@ def _final_losses_table(results: Sequence[Result], budget: Budget | None) -> Tab
         spent = ", ".join(f"{name} {count}" for name, count in budget.rates.items())
         table.caption = (
             "Same tasks, starting points and minibatches for all. lr: tuned by the mean final loss on validation "
-            f"tasks; budget: {spent} rates x {budget.num_tasks} tasks x {num_steps} steps. ratio: mean by the "
-            "smallest mean of the tuned optimizers."
+            f"tasks; budget: {spent} rates x {budget.num_tasks} tasks x {num_steps} steps. s.e.: standard error of the "
+            "mean. ratio: mean by the smallest mean of the tuned optimizers."
         )
-    for column in ("lr", "mean", "std. error", "median", "10 %", "90 %", "ratio"):
+    for column in ("lr", "mean", "s.e.", "median", "10 %", "90 %", "ratio"):
         table.add_column(column, justify="right")
     reference = best_final_loss(results[1:])
     for r in results:
@@ -128,7 +128,9 @@ def _table(title: str) -> Table:
 
 
 def _number(value: float | None) -> str:
-    return "-" if value is None or math.isnan(value) else f"{value:.4g}"
+    if value is None or math.isnan(value):
+        return "-"
+    return f"{value:.4g}" if abs(value) >= 1e-3 or not value else f"{value:.1e}"
 
 
 def _ratio(loss: float, reference: float) -> str:
