@@ -86,17 +86,15 @@ def _final_losses_table(results: Sequence[Result], budget: Budget | None) -> Tab
 def _course_table(results: Sequence[Result]) -> Table:
     num_steps, num_tasks, goal = len(results[0].losses) - 1, results[0].losses.shape[1], adam_final_loss(results)
     table = _table(f"Course of the {num_steps} steps, means over {num_tasks} test tasks")
-    table.caption = (
-        "trajectory: mean loss of all steps; diverged: of the runs; ms a step: of a batch of tasks side by side"
-    )
-    columns = ["trajectory", "diverged", "ms a step"]
+    table.caption = "mean: loss of all steps; diverged: of the runs; ms a step: of a batch of tasks side by side"
+    columns = ["mean", "diverged", "ms a step"]
     if goal is not None:
-        columns.append("steps to Adam's")
-        table.caption += "; steps to Adam's: until tuned Adam's final loss is reached, - if it is not"
+        columns.append("to Adam's")
+        table.caption += "; to Adam's: steps until tuned Adam's final loss is reached, - if it is not"
     figures = list(results[0].unseen)
     if figures:
         columns += [f"unseen {name}" for name in figures]
-        table.caption += "; unseen: the final optimizees on images they were not trained on"
+        table.caption += "; unseen: the final optimizees on data that they were not trained on"
     for column in columns:
         table.add_column(column, justify="right")
     for r in results:

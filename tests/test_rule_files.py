@@ -3,6 +3,7 @@
 import csv
 import os
 import shlex
+import subprocess
 import sys
 from hashlib import sha256
 from pathlib import Path
@@ -76,7 +77,7 @@ def test_shipped_rules_are_small_and_have_a_card(name):
     assert card(name)["sha256"] == sha256(path.read_bytes()).hexdigest()
 
 
-def recompute(row, tmp_path, monkeypatch, root):
+def recompute(row, tmp_path, monkeypatch, root=None):
     """Run the command of a card's row and compare what it finds."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["lightning-l2l"])
@@ -107,8 +108,13 @@ def test_every_card_has_a_row_that_is_recomputed_here():
 
 
 @pytest.mark.parametrize("row", SMALL)
-def test_the_cards_hold(row, tmp_path, monkeypatch, mnist_root):
-    recompute(row, tmp_path, monkeypatch, mnist_root if "--data.root" in row["command"] else None)
+def test_the_cards_hold(row, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    if "before" in row:
+        interpreter, option, code = shlex.split(row["before"])
+        assert (interpreter, option) == ("python", "-c")
+        subprocess.run([sys.executable, option, code], check=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    recompute(row, tmp_path, monkeypatch)
 
 
 @pytest.mark.slow
