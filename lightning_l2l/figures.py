@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator, NullFormatter
+from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, StrMethodFormatter
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -49,6 +49,9 @@ def learning_curves(results: Sequence[Result], title: str, quantiles: tuple[floa
             axes.plot(steps, edge, **look, linewidth=0.6, alpha=0.5, zorder=2 + front)
         axes.plot(steps, mean, **look, linewidth=1.6 if k else 2.4, label=_label(result), zorder=3 + front)
     axes.set_ylim(low, high)
+    if high < 300 * low:  # few powers of ten: label what lies between them as well
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
     axes.set_xlim(0, max(len(result.losses) for result in results) - 1)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.yaxis.set_minor_formatter(NullFormatter())
