@@ -49,6 +49,7 @@ class LearnedOptimizer(Optimizer):
             raise ValueError(f"lr={lr} is negative; use 1.0 for the rule as it was trained, 0 to stand still")
         self.rule = rule if isinstance(rule, UpdateRule) else load_rule(rule)
         self._unrollers: dict[tuple[int, torch.device], RuleUnroll] = {}
+        self._flat: dict[tuple[int, ...], Tensor] = {}
         super().__init__(params, {"lr": lr})
 
     @torch.no_grad()
@@ -72,28 +73,39 @@ class LearnedOptimizer(Optimizer):
         return loss
 
     def _step(self, params: list[Tensor], device: torch.device, lr: float) -> None:
-        dtype = next(self.rule.parameters()).dtype
         for p in params:
             if p.grad.is_sparse or p.is_complex():  # type: ignore[union-attr]
                 raise RuntimeError(
                     f"a gradient of shape {list(p.shape)} is {'complex' if p.is_complex() else 'sparse'}; "
                     "LearnedOptimizer takes dense real gradients, so give this parameter to another optimizer"
                 )
-            if STATE not in self.state[p]:
-                self.state[p][STATE] = self.rule.init_state(p.numel(), device=device, dtype=dtype)
-        sizes = [p.numel() for p in params]
-        gradient = torch.cat([p.grad.flatten() for p in params]).to(dtype)  # type: ignore[union-attr]
-        states = [self.state[p][STATE] for p in params]
-        state = states[0] if len(states) == 1 else torch.cat(states, 1)
+        state, sizes = self._state_of(params, device), [p.numel() for p in params]
+        gradient = torch.cat([p.grad.flatten() for p in params]).to(state.dtype)  # type: ignore[union-attr]
         unroller = self._unroller(gradient.numel(), device)
         unroller.begin(state)
         update = unroller.step(gradient)
         unroller.finish(state)
-        if len(states) > 1:
-            for kept, new in zip(states, torch.split(state, sizes, 1), strict=True):
-                kept.copy_(new)
         for p, u in zip(params, torch.split(update, sizes), strict=True):
             p.add_(u.view(p.shape), alpha=lr)
+
+    def _state_of(self, params: list[Tensor], device: torch.device) -> Tensor:
+        """The state of all these parameters in one tensor, of which each one's own is a view."""
+        sizes, key = [p.numel() for p in params], tuple(map(id, params))
+        flat = self._flat.get(key)
+        if flat is not None:
+            own = [self.state[p].get(STATE) for p in params]
+            views = torch.split(flat, sizes, 1)
+            if all(s is not None and s.data_ptr() == v.data_ptr() for s, v in zip(own, views, strict=True)):
+                return flat
+        dtype = next(self.rule.parameters()).dtype
+        for p in params:
+            if STATE not in self.state[p]:
+                self.state[p][STATE] = self.rule.init_state(p.numel(), device=device, dtype=dtype)
+        flat = torch.cat([self.state[p][STATE] for p in params], 1)
+        for p, view in zip(params, torch.split(flat, sizes, 1), strict=True):
+            self.state[p][STATE] = view
+        self._flat = {**{k: v for k, v in self._flat.items() if not set(k) & set(key)}, key: flat}
+        return flat
 
     def _unroller(self, size: int, device: torch.device) -> RuleUnroll:
         if next(self.rule.parameters()).device != device:
@@ -116,7 +128,7 @@ class LearnedOptimizer(Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         """What is copied and pickled: all but the rule's buffers, which are made anew."""
-        return {**super().__getstate__(), "rule": self.rule, "_unrollers": {}}
+        return {**super().__getstate__(), "rule": self.rule, "_unrollers": {}, "_flat": {}}
 
 
 def load_rule(name_or_path: str | Path) -> UpdateRule:

@@ -179,7 +179,6 @@ class _LSTMUnroll(RuleUnroll):
         self.count = 0
         if self.flat:
             self.first = state.clone() if self.num_steps > 1 else state
-            self.state.copy_(state)
             return
         for part, block in zip(self.parts, self.kept, strict=True):
             block.load(state[:, part])
@@ -189,9 +188,10 @@ class _LSTMUnroll(RuleUnroll):
         x = self.rule.preprocess(gradient)
         if self.flat:
             self.inputs[self.count].copy_(gradient)
+            before = self.state if self.count else self.first
             for part, update in zip(self.parts, self.updates, strict=True):
                 block = self._shared(part, 1)
-                block.load(self.state[:, part])
+                block.load(before[:, part])
                 block.forward(0, x[:, part], self.weights, update)
                 block.store(1, self.state[:, part])
         else:
