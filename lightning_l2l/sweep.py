@@ -23,7 +23,7 @@ from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator, NullFormatter, StrMethodFormatter
+from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, StrMethodFormatter
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
@@ -237,7 +237,7 @@ def _table(results: Sequence[Sequence[Row]], fields: Sequence[str], title: str) 
     extra = [column for column in ("ratio", "status") if any(row.get(column, "") not in ("", DONE) for row in rows)]
     table = Table(title=title, box=SIMPLE_HEAD, title_justify="left")
     for column in (*_short(fields).values(), *names, *extra):
-        table.add_column(column, justify="left" if column == "status" else "right")
+        table.add_column(column, justify="left" if column == "status" else "right", overflow="fold")
     for group in results:
         losses = {row["optimizer"]: _number(row.get("final_loss")) for row in group}
         last = {"ratio": _number(group[0].get("ratio")), "status": group[0]["status"]}
@@ -296,8 +296,8 @@ def _log(axes: Axes, name: str, values: Sequence[float]) -> None:
     if low > 0:
         axes.set(**{f"{name}scale": "log", f"{name}lim": (low / 1.3, high * 1.3)})
         axis = {"x": axes.xaxis, "y": axes.yaxis}[name]
-        if high < 10 * low:
-            axis.set_major_locator(MaxNLocator(5))
+        if high < 300 * low:
+            axis.set_major_locator(MaxNLocator(5) if high < 5 * low else LogLocator(subs=(1, 2, 5)))
             axis.set_major_formatter(StrMethodFormatter("{x:g}"))
         axis.set_minor_formatter(NullFormatter())
 
@@ -313,7 +313,7 @@ def _shown(setting: Row) -> str:
 
 
 def _number(text: str | None) -> str:
-    return "-" if text in (None, "", "nan") else f"{float(text or 'nan'):.4g}"
+    return "-" if text in (None, "", "nan") else f"{float(text or 'nan'):.3g}"
 
 
 def _is_number(text: str) -> bool:

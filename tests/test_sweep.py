@@ -64,7 +64,7 @@ def test_a_grid_of_tests_gathers_the_comparisons(trained, capsys):
     assert rows == expected and [row["optimizer"] for row in rows] == ["learned", "adam"] * 4
     assert list(rows[0])[:3] == ["data.num_test_tasks", "model.num_steps", "optimizer"]
     table = told[told.index("test at 4 settings") :]
-    for name in ("num_test_tasks", "learned", "adam", "ratio", f"{float(rows[-1]['final_loss']):.4g}"):
+    for name in ("num_test_tasks", "learned", "adam", "ratio", f"{float(rows[-1]['final_loss']):.3g}"):
         assert name in table
     assert (SWEEP / "sweep.png").stat().st_size > 10_000
 
