@@ -11,7 +11,7 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import CosineAnnealingLR, ReduceLROnPlateau
+from torch.optim.lr_scheduler import LambdaLR, ReduceLROnPlateau
 from torchmetrics import MeanMetric
 
 from lightning_l2l.comparison import Rollout, rollout
@@ -160,7 +160,9 @@ class MetaOptimizer(LightningModule):
             epochs = self.trainer.max_epochs
             if epochs is None or epochs < 1:
                 raise ValueError(f"anneal=True needs to know the end of the run; set max_epochs (now {epochs})")
-            return {"optimizer": optimizer, "lr_scheduler": CosineAnnealingLR(optimizer, epochs)}
+            # Not CosineAnnealingLR: resumed with another max_epochs, it would keep to the old one and rise again.
+            cosine = LambdaLR(optimizer, lambda epoch: (1 + math.cos(math.pi * min(epoch / epochs, 1))) / 2)
+            return {"optimizer": optimizer, "lr_scheduler": cosine}
         if self.lr_scheduler is None:
             return optimizer
         return {"optimizer": optimizer, "lr_scheduler": self.lr_scheduler(optimizer)}
@@ -212,7 +214,7 @@ class MetaOptimizer(LightningModule):
         if isinstance(scheduler, ReduceLROnPlateau):
             if "val/final_loss" in self.trainer.callback_metrics:
                 scheduler.step(self.trainer.callback_metrics["val/final_loss"])
-        elif scheduler is not None:
+        elif scheduler is not None and self.global_step:  # torch wants a schedule to follow the first outer step
             scheduler.step()  # type: ignore[union-attr]
 
     def evaluate(self, batch: Batch) -> Rollout:

@@ -92,7 +92,8 @@ def rows(output):
 def tables(output):
     found = [{}]
     for words in [line.split() for line in output.splitlines()]:
-        if words and words[0] in (*NAMES, "learned", "bad"):
+        caption = len(words) > 1 and words[1].endswith(",")  # "adam 8, rmsprop 8, ..."
+        if words and words[0] in (*NAMES, "learned", "bad") and not caption:
             if words[0] in found[-1]:
                 found.append({})
             found[-1][words[0]] = words
