@@ -92,7 +92,7 @@ def rows(output):
 def tables(output):
     found = [{}]
     for words in [line.split() for line in output.splitlines()]:
-        caption = len(words) > 1 and words[1].endswith(",")  # "adam 8, rmsprop 8, ..."
+        caption = "rates" in words or any(word.endswith(",") for word in words)  # "adam 8, rmsprop 8 rates x ..."
         if words and words[0] in (*NAMES, "learned", "bad") and not caption:
             if words[0] in found[-1]:
                 found.append({})
