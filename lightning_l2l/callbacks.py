@@ -11,7 +11,6 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger
-from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.seed import isolate_rng
 from matplotlib.figure import Figure
@@ -21,7 +20,7 @@ from torch.utils.tensorboard import SummaryWriter
 from lightning_l2l.comparison import Baseline, Rollout, Tuned, find_baselines, rollout, tune
 from lightning_l2l.figures import learning_curves
 from lightning_l2l.results import Result, write_comparison, write_curves, write_predictions
-from lightning_l2l.runs import gather, log_folder, shown, tensorboards, validation_batches, writes
+from lightning_l2l.runs import figure_due, gather, log_folder, shown, tensorboards, validation_batches, writes
 from lightning_l2l.tables import Budget, comparison_tables, print_table, summary_table
 from lightning_l2l.tasks import Task
 from lightning_l2l.tensorboard import curve_folder, write_curve, write_test
@@ -134,17 +133,17 @@ class LearningCurves(Callback):
         self.results = [learned, *self._baseline_results]
         for result in self._baseline_results:
             pl_module.log(f"val/{result.name}/final_loss", result.final_loss, sync_dist=True)
-        for logger in tensorboards(trainer):
-            self._show(trainer, logger)
+        loggers = tensorboards(trainer)
+        figure = self._draw("validation") if loggers and figure_due(trainer, self.every_n_epochs) else None
+        for logger in loggers:
+            self._show(trainer, logger, figure)
 
-    def _show(self, trainer: Trainer, logger: TensorBoardLogger) -> None:
+    def _show(self, trainer: Trainer, logger: TensorBoardLogger, figure: Figure | None) -> None:
         folder = curve_folder(logger, LEARNED)
         if folder not in self._learned_writers:
             self._learned_writers[folder] = SummaryWriter(folder, purge_step=0)
         write_curve(self._learned_writers[folder], self.results[0], "val")
-        done, last = trainer.current_epoch + 1, trainer.max_epochs
-        if trainer.state.fn != TrainerFn.FITTING or done % self.every_n_epochs == 0 or done == last:
-            figure = self._draw("validation")
+        if figure is not None:
             logger.experiment.add_figure("val/learning_curves", figure, trainer.global_step)
 
     def _draw(self, stage: str) -> Figure:
@@ -210,13 +209,14 @@ class LearningCurves(Callback):
         if trainer.is_global_zero:
             for table in comparison_tables(self.results, self._budget()):
                 print_table(table)
+            figure = self._draw("test")
             for logger in tensorboards(trainer):
-                logger.experiment.add_figure("test/learning_curves", self._draw("test"), trainer.global_step)
+                logger.experiment.add_figure("test/learning_curves", figure, trainer.global_step)
                 write_test(logger, self.results)
             if writes(trainer):
                 write_comparison(folder / "comparison.csv", self.results)
                 write_curves(folder / "curves.csv", self.results, self.quantiles)
-                self._draw("test").savefig(folder / "curves.png")
+                figure.savefig(folder / "curves.png")
                 print(f"Written to {shown(folder)}: comparison.csv, curves.csv, curves.png")
 
     # Predict

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, StrMethodFormatter
 from numpy.typing import NDArray
@@ -16,6 +18,27 @@ from lightning_l2l.results import Result
 #: Colours that people with any colour vision can tell apart (Okabe and Ito), strongest contrast first.
 COLOURS = ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000", "#999999")
 DASHES = ("-", (0, (5, 1.5)), (0, (3, 1.2, 1, 1.2)), (0, (1, 1)), (0, (6, 1.2, 1, 1.2, 1, 1.2)))
+
+
+def look(k: int) -> dict[str, Any]:
+    """How the line of optimizer k is drawn; 0 is the rule, which stands out."""
+    style = {"color": COLOURS[k % len(COLOURS)], "linestyle": DASHES[k % len(DASHES)]}
+    return {**style, "linewidth": 1.6 if k else 2.4}
+
+
+def tidy(axes: Axes) -> None:
+    """A faint grid behind the lines, and no box around them."""
+    axes.grid(True, which="major", color="0.9", linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def label_log_axis(axis: Axis, low: float, high: float) -> None:
+    """Where a logarithmic axis has few powers of ten, label what lies between them as well."""
+    if high < 300 * low:
+        axis.set_major_locator(MaxNLocator(5) if high < 5 * low else LogLocator(subs=(1, 2, 5)))
+        axis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    axis.set_minor_formatter(NullFormatter())
 
 
 def learning_curves(results: Sequence[Result], title: str, quantiles: tuple[float, float]) -> Figure:
@@ -40,27 +63,22 @@ def learning_curves(results: Sequence[Result], title: str, quantiles: tuple[floa
         steps = np.arange(len(result.losses))
         curves = result.mean, *(result.quantile(q) for q in quantiles)
         mean, lower, upper = (_within(curve, low, high) for curve in curves)
-        look: dict[str, Any] = {"color": COLOURS[k % len(COLOURS)], "linestyle": DASHES[k % len(DASHES)]}
+        style = look(k)
         front = (len(results) - k) / 100
         axes.fill_between(
-            steps, lower, upper, color=look["color"], alpha=0.06 if k else 0.18, linewidth=0, zorder=1 + front
+            steps, lower, upper, color=style["color"], alpha=0.06 if k else 0.18, linewidth=0, zorder=1 + front
         )
         for edge in (lower, upper):
-            axes.plot(steps, edge, **look, linewidth=0.6, alpha=0.5, zorder=2 + front)
-        axes.plot(steps, mean, **look, linewidth=1.6 if k else 2.4, label=_label(result), zorder=3 + front)
+            axes.plot(steps, edge, **{**style, "linewidth": 0.6}, alpha=0.5, zorder=2 + front)
+        axes.plot(steps, mean, **style, label=_label(result), zorder=3 + front)
     axes.set_ylim(low, high)
-    if high < 300 * low:  # few powers of ten: label what lies between them as well
-        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    label_log_axis(axes.yaxis, low, high)
     axes.set_xlim(0, max(len(result.losses) for result in results) - 1)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.yaxis.set_minor_formatter(NullFormatter())
     axes.set_title(title, fontsize="medium", loc="left")
     axes.set_xlabel("Inner step")
     axes.set_ylabel("Loss")
-    axes.grid(True, which="major", color="0.9", linewidth=0.8)
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
+    tidy(axes)
     axes.legend(frameon=False, fontsize="small", loc="upper right")
     return figure
 

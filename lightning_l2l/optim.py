@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_l2l.rule_files import SUFFIX, fill_rule, read_rule, read_shipped, shipped_rules
+from lightning_l2l.rule_files import SUFFIX, fill_rule, read_rule, read_shipped, reason, shipped_rules
 from lightning_l2l.rules import UpdateRule
 from lightning_l2l.rules.base import RuleUnroll
 
@@ -171,7 +171,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     except Exception as error:  # whatever a damaged file makes torch.load raise
         raise ValueError(
             f"{str(path)!r} cannot be read as a checkpoint (damaged, or with code in it), give another one: "
-            f"{str(error).splitlines()[0] if str(error) else type(error).__name__}"
+            f"{reason(error)}"
         ) from error
     try:
         checkpoint["hyper_parameters"]["rule"], checkpoint["state_dict"].items()

@@ -12,7 +12,6 @@ from typing import Any, cast
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.seed import isolate_rng
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -23,10 +22,10 @@ from torch.optim import Optimizer
 
 from lightning_l2l.callbacks import LEARNED, LearningCurves
 from lightning_l2l.comparison import BASELINES, Baseline, Batch, MakeOptimizer, rollout
-from lightning_l2l.figures import COLOURS, DASHES
+from lightning_l2l.figures import look
 from lightning_l2l.optim import LearnedOptimizer
 from lightning_l2l.rules import UpdateRule
-from lightning_l2l.runs import log_folder, shown, tensorboards, writes
+from lightning_l2l.runs import figure_due, log_folder, shown, tensorboards, writes
 from lightning_l2l.tasks import Task
 
 STEPS = (2, 5, 10, 20, 50, 100)
@@ -171,8 +170,7 @@ def proposals_figure(
 
 
 def _look(k: int) -> dict[str, Any]:
-    look: dict[str, Any] = {"color": COLOURS[k % len(COLOURS)], "linestyle": DASHES[k % len(DASHES)]}
-    return {**look, "linewidth": 1.6 if k else 2.4, "zorder": 3 - k / 100}
+    return {**look(k), "zorder": 3 - k / 100}
 
 
 def _draw_panel(
@@ -277,12 +275,11 @@ class UpdateProposals(Callback):
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Show the figure."""
-        done, last = trainer.current_epoch + 1, trainer.max_epochs
-        due = trainer.state.fn != TrainerFn.FITTING or done % self.every_n_epochs == 0 or done == last
         loggers = tensorboards(trainer)
-        if due and loggers and self._batch is not None and not trainer.sanity_checking:
-            for logger in loggers:  # a figure each: adding closes it
-                figure = self._draw(trainer, pl_module, self._batch, "validation")
+        due = figure_due(trainer, self.every_n_epochs) and not trainer.sanity_checking
+        if due and loggers and self._batch is not None:
+            figure = self._draw(trainer, pl_module, self._batch, "validation")
+            for logger in loggers:
                 logger.experiment.add_figure("val/update_proposals", figure, trainer.global_step)
         self._batch = None
 

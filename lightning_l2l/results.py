@@ -143,9 +143,15 @@ def adam_final_loss(results: Sequence[Result]) -> float | None:
     return next((result.final_loss for result in results if result.name == "adam"), None)
 
 
+def comparison_rows(results: Sequence[Result]) -> list[dict[str, object]]:
+    """All figures of each optimizer, from results of which the rule's is the first."""
+    reference, goal = best_final_loss(results[1:]), adam_final_loss(results)
+    return [result.row(reference, goal) for result in results]
+
+
 def write_comparison(path: Path, results: Sequence[Result]) -> None:
     """Write a CSV file with one row per optimizer, the rule's first."""
-    rows = [result.row(best_final_loss(results[1:]), adam_final_loss(results)) for result in results]
+    rows = comparison_rows(results)
     _write_csv(path, list(rows[0]), [list(row.values()) for row in rows])
 
 

@@ -68,9 +68,14 @@ def _read_rule(content: bytes, path: Path) -> UpdateRule:
     except Exception as error:  # whatever a damaged file makes NumPy raise
         raise ValueError(
             f"{str(path)!r} cannot be read as a rule file (damaged, or with pickled objects in it), give another "
-            f"one: {str(error).splitlines()[0] if str(error) else type(error).__name__}"
+            f"one: {reason(error)}"
         ) from error
     return fill_rule(description, weights, path)
+
+
+def reason(error: Exception) -> str:
+    """What an error says, in one line."""
+    return str(error).splitlines()[0] if str(error) else type(error).__name__
 
 
 def fill_rule(description: dict[str, Any], weights: dict[str, torch.Tensor], path: Path) -> UpdateRule:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import CombinedLoader
 from torch import Tensor, distributed
 from torch.utils.data import DataLoader
@@ -64,6 +65,12 @@ def shown(path: str | Path) -> str:
     path = Path(path).resolve()
     here = Path.cwd()
     return str(path.relative_to(here) if path.is_relative_to(here) else path)
+
+
+def figure_due(trainer: Trainer, every_n_epochs: int) -> bool:
+    """Whether this validation has a figure: every so many epochs, the last one, and outside of training always."""
+    done = trainer.current_epoch + 1
+    return trainer.state.fn != TrainerFn.FITTING or done % every_n_epochs == 0 or done == trainer.max_epochs
 
 
 def tensorboards(trainer: Trainer) -> list[TensorBoardLogger]:

@@ -23,13 +23,12 @@ from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, StrMethodFormatter
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from lightning_l2l import cli
 from lightning_l2l.callbacks import LEARNED, MONITOR
-from lightning_l2l.figures import COLOURS, DASHES
+from lightning_l2l.figures import label_log_axis, look, tidy
 from lightning_l2l.optim import read_checkpoint
 from lightning_l2l.tables import print_table
 
@@ -271,14 +270,11 @@ def draw(rows: Sequence[Row], over: Sequence[str], drawn: Sequence[str], title: 
             mine.sort(key=lambda row: places[row[x]])
             at = [places[row[x]] for row in mine]
             losses, errors = ([float(row.get(c) or "nan") for row in mine] for c in ("final_loss", "standard_error"))
-            look: dict[str, Any] = {"color": COLOURS[k % len(COLOURS)], "linewidth": 1.6 if k else 2.4}
-            look["linestyle"] = DASHES[k % len(DASHES)] if len(set(at)) == len(at) else "none"
-            axes.errorbar(at, losses, errors, **look, fmt="o", elinewidth=1, capsize=2, label=name, zorder=3 - k / 100)
+            style = look(k) if len(set(at)) == len(at) else {**look(k), "linestyle": "none"}
+            axes.errorbar(at, losses, errors, **style, fmt="o", elinewidth=1, capsize=2, label=name, zorder=3 - k / 100)
         axes.set_title(f"{short[across]} = {panel}" if across else "", fontsize="medium", loc="left")
         axes.set_xlabel(short[x])
-        axes.grid(True, which="major", color="0.9", linewidth=0.8)
-        axes.set_axisbelow(True)
-        axes.spines[["top", "right"]].set_visible(False)
+        tidy(axes)
     grid[0].set_ylabel("Final loss")
     _log(grid[0], "y", [float(row["final_loss"]) for row in rows])
     if x in drawn:
@@ -295,11 +291,7 @@ def _log(axes: Axes, name: str, values: Sequence[float]) -> None:
     low, high = min(values), max(values)
     if low > 0:
         axes.set(**{f"{name}scale": "log", f"{name}lim": (low / 1.3, high * 1.3)})
-        axis = {"x": axes.xaxis, "y": axes.yaxis}[name]
-        if high < 300 * low:
-            axis.set_major_locator(MaxNLocator(5) if high < 5 * low else LogLocator(subs=(1, 2, 5)))
-            axis.set_major_formatter(StrMethodFormatter("{x:g}"))
-        axis.set_minor_formatter(NullFormatter())
+        label_log_axis({"x": axes.xaxis, "y": axes.yaxis}[name], low, high)
 
 
 def _short(fields: Sequence[str]) -> dict[str, str]:

@@ -113,10 +113,8 @@ def print_table(table: Table) -> None:
 
 
 def _when(result: Result) -> str:
-    last = len(result.losses) - 1
-    return (
-        f"after {last} steps" if result.final_steps == 1 else f"mean of steps {last - result.final_steps + 1} to {last}"
-    )
+    first, last = len(result.losses) - result.final_steps, len(result.losses) - 1
+    return f"after {last} steps" if first == last else f"mean of steps {first} to {last}"
 
 
 def _table(title: str) -> Table:

@@ -10,7 +10,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from tensorboard.compat.proto.event_pb2 import Event, SessionLog  # type: ignore[import-untyped]
 from torch.utils.tensorboard import SummaryWriter
 
-from lightning_l2l.results import Result, adam_final_loss, best_final_loss
+from lightning_l2l.results import Result, comparison_rows
 
 
 def curve_folder(logger: TensorBoardLogger, name: str) -> str:
@@ -34,10 +34,8 @@ def write_test(logger: TensorBoardLogger, results: Sequence[Result]) -> None:
         logger: Where.
         results: The rule's first.
     """
-    reference, goal = best_final_loss(results[1:]), adam_final_loss(results)
-    for result in results:
-        row = result.row(reference, goal)
-        fixed = ("optimizer", "lr", "num_tasks", "num_steps", "final_steps")
+    fixed = ("optimizer", "lr", "num_tasks", "num_steps", "final_steps")
+    for result, row in zip(results, comparison_rows(results), strict=True):
         figures = {f"test/{name}": value for name, value in row.items() if name not in fixed and value is not None}
         settings = {name: "-" if row[name] is None else str(row[name]) for name in ("optimizer", "lr")}
         with SummaryWriter(curve_folder(logger, result.name), purge_step=0) as writer:

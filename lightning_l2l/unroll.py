@@ -140,14 +140,17 @@ class Unroll:
             losses.append(episode.losses)
         unroller.finish(episode.state)
         episode.gradient = gradients[num_steps].clone()
-        total = cotangents.view(num_steps, *shape)
-        torch.mul(gradients[num_steps], weights[-1], out=total[-1])
-        for s in range(num_steps - 2, -1, -1):
-            torch.add(total[s + 1], gradients[s + 1], alpha=weights[s], out=total[s])
-        meta_gradient = unroller.gradients(cotangents.div_(shape[0]))
+        parameters: list[Tensor] = list(self.rule.parameters())
+        if any(weights):
+            total = cotangents.view(num_steps, *shape)
+            torch.mul(gradients[num_steps], weights[-1], out=total[-1])
+            for s in range(num_steps - 2, -1, -1):
+                torch.add(total[s + 1], gradients[s + 1], alpha=weights[s], out=total[s])
+            meta_gradient = unroller.gradients(cotangents.div_(shape[0]))
+        else:  # a truncation of which nothing counts needs no backward pass
+            meta_gradient = [torch.zeros_like(p) for p in parameters]
         stacked = torch.stack(losses)  # [num_steps, num_tasks]
-        meta_loss = _weighted(stacked, weights)
-        return Truncation(stacked, _attach(meta_loss, meta_gradient, list(self.rule.parameters())))
+        return Truncation(stacked, _attach(_weighted(stacked, weights), meta_gradient, parameters))
 
     def _buffers_for(self, episode: Episode, num_steps: int) -> tuple[RuleUnroll, Tensor, Tensor]:
         theta, like = episode.theta, next(self.rule.parameters())

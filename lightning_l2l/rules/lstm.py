@@ -203,7 +203,7 @@ class _LSTMUnroll(RuleUnroll):
     @torch.no_grad()
     def finish(self, state: Tensor) -> None:
         if self.flat:
-            state.copy_(self.state)
+            state.copy_(self.state if self.count else self.first)
             return
         for part, block in zip(self.parts, self.kept, strict=True):
             block.store(self.count, state[:, part])
