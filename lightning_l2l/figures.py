@@ -79,7 +79,7 @@ def learning_curves(results: Sequence[Result], title: str, quantiles: tuple[floa
     axes.set_xlabel("Inner step")
     axes.set_ylabel("Loss")
     tidy(axes)
-    axes.legend(frameon=False, fontsize="small", loc="upper right")
+    axes.legend(framealpha=0.8, edgecolor="none", fontsize="small", loc="upper right")
     return figure
 
 
