@@ -17,11 +17,16 @@ CPU_BLOCK = 4096
 DEVICE_BLOCK = 2**18
 
 
+def block_size(like: Tensor) -> int:
+    """Coordinates in a block, as suits the tensor's device."""
+    return CPU_BLOCK if like.is_cpu else DEVICE_BLOCK
+
+
 def blocks(num_coordinates: int, largest: int) -> Iterator[slice]:
     """Cut `num_coordinates` into blocks of nearly equal size, each of at most `largest` coordinates."""
-    count = -(-num_coordinates // largest)
-    size = -(-num_coordinates // max(count, 1))
-    size = min(-(-size // 8) * 8, largest)  # whole vector registers
+    count = max(-(-num_coordinates // largest), 1)
+    size = -(-num_coordinates // count)
+    size = max(min(-(-size // 8) * 8, largest), 1)  # whole vector registers
     for start in range(0, num_coordinates, size):
         yield slice(start, min(start + size, num_coordinates))
 
@@ -53,6 +58,22 @@ class UpdateRule(nn.Module, ABC):
         Returns:
             The update `[num_coordinates]`, to be added to the optimizee's parameters, and the next state.
         """
+
+    @torch.no_grad()
+    def step_(self, gradient: Tensor, state: Tensor) -> Tensor:
+        """One inner step without a graph, the state changed in place.
+
+        Args:
+            gradient: `[num_coordinates]`.
+            state: `[state_size, num_coordinates]`, the columns adjacent in memory, the rows perhaps apart.
+
+        Returns:
+            The update `[num_coordinates]`.
+        """
+        update = torch.empty_like(gradient)
+        for part in blocks(len(gradient), block_size(gradient)):
+            update[part], state[:, part] = self(gradient[part], state[:, part])
+        return update
 
     def init_state(
         self, num_coordinates: int, *, device: torch.device | None = None, dtype: torch.dtype | None = None
@@ -124,7 +145,7 @@ class AutogradUnroll(RuleUnroll):
     def __init__(self, rule: UpdateRule, num_coordinates: int, num_steps: int, *, block: int | None = None) -> None:
         parameter = next(rule.parameters())
         self.rule = rule
-        self.blocks = list(blocks(num_coordinates, block or (CPU_BLOCK if parameter.is_cpu else DEVICE_BLOCK)))
+        self.blocks = list(blocks(num_coordinates, block or block_size(parameter)))
         self.inputs = parameter.new_empty(num_steps, num_coordinates)
         self.count = 0
 

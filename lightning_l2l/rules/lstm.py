@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from lightning_l2l.rules.base import CPU_BLOCK, DEVICE_BLOCK, Memory, RuleUnroll, UpdateRule, blocks
-from lightning_l2l.rules.lstm_kernel import Block, LSTMShape, Scratch, pack, unpack_gradients
+from lightning_l2l.rules.base import Memory, RuleUnroll, UpdateRule, block_size, blocks
+from lightning_l2l.rules.fused import fused_for, lstm_step
+from lightning_l2l.rules.lstm_kernel import Block, LSTMShape, Scratch, pack, step_in_place, unpack_gradients
 from lightning_l2l.rules.preprocessing import PREPROCESSING
 
 
@@ -122,6 +123,21 @@ class CoordinatewiseLSTM(UpdateRule):
         update = functional.linear(x.t(), self.readout.weight, self.readout.bias)[:, 0]
         return self.output_scale * update, torch.cat(after)
 
+    @torch.no_grad()
+    def step_(self, gradient: Tensor, state: Tensor) -> Tensor:
+        """See `UpdateRule.step_`; compiled where it can be."""
+        library = fused_for(gradient)
+        if library and state.dtype == gradient.dtype and state.stride(1) == 1:
+            weights = [w.contiguous() for layer in self.layers() for w in layer]
+            weights += [self.readout.weight.contiguous(), self.readout.bias]
+            shape = self.hidden_size, self.num_layers, self._input_size
+            return lstm_step(library, shape, weights, self.output_scale, self.preprocess(gradient).contiguous(), state)
+        packed = pack(self.shape, self.layers(), (self.readout.weight, self.readout.bias), self.output_scale)
+        update = torch.empty_like(gradient)
+        for part in blocks(len(gradient), block_size(gradient)):
+            update[part] = step_in_place(self.shape, packed, self.preprocess(gradient[part]), state[:, part])
+        return update
+
     def unroller(
         self,
         num_coordinates: int,
@@ -149,7 +165,7 @@ class _LSTMUnroll(RuleUnroll):
     ) -> None:
         like = rule.readout.weight.detach()
         self.rule, self.flat, self.num_steps, self.shape, self.like = rule, flat, num_steps, rule.shape, like
-        self.parts = list(blocks(num_coordinates, block or (CPU_BLOCK if like.is_cpu else DEVICE_BLOCK)))
+        self.parts = list(blocks(num_coordinates, block or block_size(like)))
         self.update = like.new_empty(1, num_coordinates)
         self.updates = [self.update[:, part] for part in self.parts]
         self.scratch: dict[int, Scratch] = {}
@@ -178,7 +194,7 @@ class _LSTMUnroll(RuleUnroll):
         self.weights = pack(self.shape, rule.layers(), (rule.readout.weight, rule.readout.bias), rule.output_scale)
         self.count = 0
         if self.flat:
-            self.first = state.clone() if self.num_steps > 1 else state
+            self.first = state.clone()
             return
         for part, block in zip(self.parts, self.kept, strict=True):
             block.load(state[:, part])

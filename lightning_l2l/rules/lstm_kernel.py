@@ -132,6 +132,20 @@ def unpack_gradients(
     return layers, (last[:, :h], last[:, h])
 
 
+def step_in_place(shape: LSTMShape, weights: PackedWeights, x: Tensor, state: Tensor) -> Tensor:
+    """One inner step and nothing kept: x `[input_size, size]`, state `[2 H num_layers, size]` -> update `[size]`."""
+    h = shape.hidden_size
+    gates = x.new_empty(4 * h, x.shape[1])
+    i, f, o, g = gates.chunk(4)
+    for weight, (hidden, cell) in zip(weights.forward, torch.unflatten(state, 0, (-1, 2, h)), strict=True):
+        torch.addmm(weight[:, h : h + 1], weight[:, :h], hidden, out=gates)
+        gates.addmm_(weight[:, h + 1 :], x).sigmoid_()
+        cell.mul_(f).addcmul_(i, g.mul_(2.0).sub_(1.0))
+        tau = torch.mul(cell, 2.0, out=g).sigmoid_().mul_(2.0).sub_(1.0)
+        x = torch.mul(o, tau, out=hidden)
+    return torch.addmm(weights.readout[:, h:], weights.readout[:, :h], x)[0]
+
+
 class Scratch:
     """Buffers that blocks of `size` coordinates share, written and read within one step."""
 
