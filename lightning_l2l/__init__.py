@@ -3,7 +3,8 @@
 from lightning_l2l.cli import main
 from lightning_l2l.data import MNISTDataModule, QuadraticDataModule
 from lightning_l2l.meta_optimizer import MetaOptimizer
-from lightning_l2l.optim import LearnedOptimizer, load_rule
+from lightning_l2l.optim import LearnedOptimizer
+from lightning_l2l.rule_files import load_rule
 from lightning_l2l.rules import CoordinatewiseLSTM, UpdateRule
 from lightning_l2l.tasks import MLP, NetworkTask, Quadratic, Task
 

@@ -19,8 +19,7 @@ from lightning_l2l import data, rules, tasks  # noqa: F401  # so that YAML can n
 from lightning_l2l.callbacks import LearningCurves
 from lightning_l2l.interrupt import ResumeCheckpoint
 from lightning_l2l.meta_optimizer import MetaOptimizer
-from lightning_l2l.optim import load_rule, read_checkpoint
-from lightning_l2l.rule_files import SUFFIX, shipped_rules
+from lightning_l2l.rule_files import SUFFIX, load_rule, read_checkpoint, shipped_rules
 from lightning_l2l.rules import UpdateRule
 from lightning_l2l.rules.describe import describe
 

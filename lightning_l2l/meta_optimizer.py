@@ -221,7 +221,8 @@ class MetaOptimizer(LightningModule):
         """An episode of the batch's tasks under the rule."""
 
         def learned(params: list[Tensor]) -> Optimizer:
-            return LearnedOptimizer(params, self.rule)
+            # Tasks lie side by side in one tensor: one that fails must not hold up the others.
+            return LearnedOptimizer(params, self.rule, skip_nonfinite=False)
 
         return rollout(learned, self.task, batch, self.num_steps, self.device)
 

@@ -1,40 +1,59 @@
-"""A trained rule as an ordinary optimizer, and where to get one."""
+"""A trained rule as an ordinary optimizer."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import copy
+import logging
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from itertools import accumulate, groupby
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
+from torch.optim import Adam, Optimizer
 
-from lightning_l2l.rule_files import SUFFIX, fill_rule, read_rule, read_shipped, reason, shipped_rules
+from lightning_l2l.rule_files import load_rule
 from lightning_l2l.rules import UpdateRule
-from lightning_l2l.rules.base import RuleUnroll
+from lightning_l2l.safeguards import new_record, over_ranks, runs_away
 
 STATE = "rule_state"
+RECORD = "loss_record"
+
+log = logging.getLogger(__name__)
 
 
 class LearnedOptimizer(Optimizer):
     r"""Lets a trained rule g optimise: theta <- theta + lr * g(gradient, state).
 
-    All parameters of a group go through the rule in one call. The rule itself is not trained, and it has no
-    hyperparameters to tune: `lr` multiplies its update, so that learning-rate schedules work; 1 is the rule as
-    it was trained.
+    All parameters go through the rule in one pass. The rule itself is not trained, and it has no hyperparameters to
+    tune: `lr` multiplies its update, so that learning-rate schedules work and groups can have a scale of their own;
+    1 is the rule as it was trained.
 
-    State, for a parameter p: `rule_state`, `[rule.state_size, p.numel()]`, in the rule's dtype (float32)
-    whatever the dtype of p.
+    State, for a parameter p: `rule_state`, `[rule.state_size, p.numel()]`, in the rule's dtype (float32) whatever the
+    dtype of p, on the device of p, from its first gradient on.
 
     Args:
-        params: Parameters, or groups of them as dicts, as `torch.optim.Adam` takes them.
-        rule: A rule, or what `load_rule` takes.
-        lr: Factor on the rule's update, at least 0.
+        params: Parameters, named parameters, or groups of them as dicts, as `torch.optim.Adam` takes them. A group may
+            have its own `lr`, `weight_decay`, `maximize` and `max_update`.
+        rule: A rule, or what `load_rule` takes. Where it is on another device than a parameter, a copy is made there.
+        lr: Factor on the rule's update, at least 0; a number, or a tensor of one.
+        weight_decay: Decoupled, as in `torch.optim.AdamW`: an inner step begins with theta *= 1 - lr * weight_decay.
+            At least 0. Since lr is 1 here rather than 0.001, values are far smaller than AdamW's.
+        maximize: Go up: the rule is given the gradient of minus the loss.
+        max_update: Bound on the absolute update of a coordinate, before lr; above 0. None: no bound.
+        skip_nonfinite: Leave out an inner step, its effect on the state included, where any gradient has inf or nan;
+            `num_skipped` counts them, and the first is warned of. On an accelerator the host waits for this once a
+            step; False avoids that.
+        fallback_lr: Learning rate, times `lr`, of the Adam that takes over for good when the loss runs away, as
+            `safeguards.runs_away` defines it; a line is logged. It needs the loss: `step(closure)` or
+            `step(loss=loss)`. Above 0. None: the rule stays.
 
     Raises:
-        ValueError: `lr` is negative.
-        RuntimeError: In `step`, for a sparse or complex gradient.
+        ValueError: An option is out of its range.
+        RuntimeError: In `step`, for a sparse or complex gradient, or `fallback_lr` without a loss.
 
     Example:
         >>> from lightning_l2l import CoordinatewiseLSTM
@@ -44,137 +63,270 @@ class LearnedOptimizer(Optimizer):
         >>> optimizer.step()
     """
 
-    def __init__(self, params: Iterable[Any], rule: UpdateRule | str | Path, lr: float = 1.0) -> None:
-        if lr < 0:
-            raise ValueError(f"lr={lr} is negative; use 1.0 for the rule as it was trained, 0 to stand still")
+    def __init__(
+        self,
+        params: Iterable[Any],
+        rule: UpdateRule | str | Path,
+        lr: float | Tensor = 1.0,
+        *,
+        weight_decay: float = 0.0,
+        maximize: bool = False,
+        max_update: float | None = None,
+        skip_nonfinite: bool = True,
+        fallback_lr: float | None = None,
+    ) -> None:
+        if fallback_lr is not None and not fallback_lr > 0:
+            raise ValueError(f"fallback_lr={fallback_lr} is not above 0; use 0.001, or None for no fallback")
         self.rule = rule if isinstance(rule, UpdateRule) else load_rule(rule)
-        self._unrollers: dict[tuple[int, torch.device], RuleUnroll] = {}
-        self._flat: dict[tuple[int, ...], Tensor] = {}
-        super().__init__(params, {"lr": lr})
+        self.skip_nonfinite = skip_nonfinite
+        self.num_skipped = 0
+        self.fallback_lr = fallback_lr
+        self._copies: dict[torch.device, UpdateRule] = {}
+        self._segments: list[_Segment] = []
+        options = {"lr": lr, "weight_decay": weight_decay, "maximize": maximize, "max_update": max_update}
+        super().__init__(params, options)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As `torch.optim.Optimizer.add_param_group`; also in the middle of training.
+
+        Raises:
+            ValueError: An option is out of its range.
+        """
+        options = {**self.defaults, **param_group}
+        lr, decay, bound = options["lr"], options["weight_decay"], options["max_update"]
+        if isinstance(lr, Tensor) and lr.numel() != 1:
+            raise ValueError(f"lr of shape {list(lr.shape)} is not one number; give each group its own lr")
+        if not lr >= 0:
+            raise ValueError(f"lr={lr} is not 0 or more; use 1.0 for the rule as it was trained, 0 to stand still")
+        if not decay >= 0:
+            raise ValueError(f"weight_decay={decay} is not 0 or more; use 0 for none")
+        if bound is not None and not bound > 0:
+            raise ValueError(f"max_update={bound} is not above 0; use None for no bound")
+        super().add_param_group(param_group)
+
+    @property
+    def handed_over(self) -> bool:
+        """Whether the fallback has taken over."""
+        return self.fallback_lr is not None and bool(self.param_groups[0].get(RECORD, {}).get("handed_over"))
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+    def step(self, closure: Callable[[], Any] | None = None, *, loss: Any = None) -> Any:
         """One inner step.
 
         Args:
             closure: Evaluates the model again and returns the loss.
+            loss: The loss, where there is no closure; for `fallback_lr`, nothing else needs it.
 
         Returns:
-            The closure's loss, or None.
+            The loss, as far as known.
         """
-        loss = None
         if closure is not None:
             with torch.enable_grad():
-                loss = closure()
-        for group in self.param_groups:
-            with_gradient = [p for p in group["params"] if p.grad is not None and p.numel()]
-            for device in {p.device for p in with_gradient}:
-                self._step([p for p in with_gradient if p.device == device], device, group["lr"])
+                found = closure()
+            loss = found if loss is None else loss
+        group_of = {p: k for k, group in enumerate(self.param_groups) for p in group["params"] if p.grad is not None}
+        for p in group_of:
+            _check(p)
+        if self.fallback_lr is not None and not self.handed_over:
+            self._watch(loss, closure is not None)
+        if self.handed_over:
+            if self._usable([p.grad for p in group_of]):
+                self._fall_back(list(group_of))
+            return loss
+        self._lay_out(group_of)
+        runs = [(s, first, last, self._gradient(s, first, last, group_of)) for s, first, last in self._runs(group_of)]
+        if self._usable([gradient for *_, gradient in runs]):
+            for segment, first, last, gradient in runs:
+                columns = slice(segment.offsets[first], segment.offsets[last])
+                update = self._rule_on(gradient.device).step_(gradient, segment.state[:, columns])
+                for k, run in groupby(range(first, last), lambda i: group_of[segment.params[i]]):  # noqa: B023
+                    self._apply(self.param_groups[k], segment, list(run), update, columns.start)
         return loss
 
-    def _step(self, params: list[Tensor], device: torch.device, lr: float) -> None:
-        for p in params:
-            if p.grad.is_sparse or p.is_complex():  # type: ignore[union-attr]
-                raise RuntimeError(
-                    f"a gradient of shape {list(p.shape)} is {'complex' if p.is_complex() else 'sparse'}; "
-                    "LearnedOptimizer takes dense real gradients, so give this parameter to another optimizer"
-                )
-        state, sizes = self._state_of(params, device), [p.numel() for p in params]
-        gradient = torch.cat([p.grad.flatten() for p in params]).to(state.dtype)  # type: ignore[union-attr]
-        unroller = self._unroller(gradient.numel(), device)
-        unroller.begin(state)
-        update = unroller.step(gradient)
-        unroller.finish(state)
-        for p, u in zip(params, torch.split(update, sizes), strict=True):
-            p.add_(u.view(p.shape), alpha=lr)
+    def _runs(self, group_of: dict[Tensor, int]) -> Iterator[tuple[_Segment, int, int]]:
+        """Neighbours that all have a gradient: segment, first, last (exclusive)."""
+        for segment in self._segments:
+            for present, run in groupby(range(len(segment.params)), lambda i: segment.params[i] in group_of):  # noqa: B023
+                if present:
+                    found = list(run)
+                    yield segment, found[0], found[-1] + 1
 
-    def _state_of(self, params: list[Tensor], device: torch.device) -> Tensor:
-        """The state of all these parameters in one tensor, of which each one's own is a view."""
-        sizes, key = [p.numel() for p in params], tuple(map(id, params))
-        flat = self._flat.get(key)
-        if flat is not None:
-            own = [self.state[p].get(STATE) for p in params]
-            views = torch.split(flat, sizes, 1)
-            if all(s is not None and s.data_ptr() == v.data_ptr() for s, v in zip(own, views, strict=True)):
-                return flat
-        dtype = next(self.rule.parameters()).dtype
-        for p in params:
-            if STATE not in self.state[p]:
-                self.state[p][STATE] = self.rule.init_state(p.numel(), device=device, dtype=dtype)
-        flat = torch.cat([self.state[p][STATE] for p in params], 1)
-        for p, view in zip(params, torch.split(flat, sizes, 1), strict=True):
+    def _gradient(self, segment: _Segment, first: int, last: int, group_of: dict[Tensor, int]) -> Tensor:
+        parts = []
+        for p in segment.params[first:last]:
+            part = p.grad.reshape(-1)  # type: ignore[union-attr]
+            parts.append(-part if self.param_groups[group_of[p]]["maximize"] else part)
+        return torch.cat(parts).to(segment.state.dtype)
+
+    def _usable(self, gradients: list[Tensor]) -> bool:
+        if not self.skip_nonfinite or all(bool(g.isfinite().all()) for g in gradients):
+            return True
+        if not self.num_skipped:
+            warnings.warn(
+                "a gradient has inf or nan: this inner step is left out. Further ones are counted in "
+                "LearnedOptimizer.num_skipped without a warning",
+                stacklevel=3,
+            )
+        self.num_skipped += 1
+        return False
+
+    def _apply(self, group: dict[str, Any], segment: _Segment, run: list[int], update: Tensor, start: int) -> None:
+        """Add to neighbours of one group what is theirs of `update`, which begins at coordinate `start`."""
+        params, offsets = segment.params[run[0] : run[-1] + 1], segment.offsets[run[0] : run[-1] + 2]
+        update = update[offsets[0] - start : offsets[-1] - start]
+        lr, bound = _lr(group), group["max_update"]
+        if bound is not None:
+            update.clamp_(-bound, bound)
+        if isinstance(lr, Tensor) or lr != 1:
+            update.mul_(lr)
+        _decay(params, group)
+        parts = torch.split(update, [p.numel() for p in params])
+        torch._foreach_add_(params, [part.view(p.shape) for part, p in zip(parts, params, strict=True)])
+
+    def _lay_out(self, params: Iterable[Tensor]) -> None:
+        """Make the state of those that have none, and bring states that lie apart into one tensor."""
+        placed = {p: view for segment in self._segments for p, view in zip(segment.params, segment.views, strict=True)}
+        loose = {p for p in params if p not in placed}
+        loose |= {p for p, view in placed.items() if self.state[p].get(STATE) is not view or p.device != view.device}
+        if not loose:
+            return
+        broken = [segment for segment in self._segments if not loose.isdisjoint(segment.params)]
+        self._segments = [segment for segment in self._segments if segment not in broken]
+        loose.update(p for segment in broken for p in segment.params)
+        ordered = [p for group in self.param_groups for p in group["params"] if p in loose]
+        for device in {p.device: None for p in ordered}:
+            self._segments.append(self._segment([p for p in ordered if p.device == device], device))
+
+    def _segment(self, params: list[Tensor], device: torch.device) -> _Segment:
+        parameter = next(self.rule.parameters(), None)
+        dtype = torch.float32 if parameter is None else parameter.dtype
+        sizes = [p.numel() for p in params]
+        if any(STATE in self.state[p] for p in params):
+            new = [self.rule.init_state(n, device=device, dtype=dtype) for n in sizes]
+            old = [self.state[p].get(STATE, s) for p, s in zip(params, new, strict=True)]
+            state = torch.cat([s.to(device, dtype) for s in old], 1)
+        else:
+            state = self.rule.init_state(sum(sizes), device=device, dtype=dtype)
+        views = list(torch.split(state, sizes, 1))
+        for p, view in zip(params, views, strict=True):
             self.state[p][STATE] = view
-        self._flat = {**{k: v for k, v in self._flat.items() if not set(k) & set(key)}, key: flat}
-        return flat
+        return _Segment(params, [0, *accumulate(sizes)], state, views)
 
-    def _unroller(self, size: int, device: torch.device) -> RuleUnroll:
-        if next(self.rule.parameters()).device != device:
-            self.rule.to(device)
-            self._unrollers.clear()
-        key = (size, device)
-        if key not in self._unrollers:
-            self._unrollers[key] = self.rule.unroller(size, 1, memory="flat")
-        return self._unrollers[key]
+    def _rule_on(self, device: torch.device) -> UpdateRule:
+        parameter = next(self.rule.parameters(), None)
+        if parameter is None or parameter.device == device:
+            return self.rule
+        if device not in self._copies:
+            self._copies[device] = copy.deepcopy(self.rule).to(device)
+        return self._copies[device]
+
+    def _watch(self, loss: Any, has_closure: bool) -> None:
+        if loss is None:
+            message = "fallback_lr is set, but there is no loss to watch; use step(closure) or step(loss=loss)"
+            if not has_closure:
+                raise RuntimeError(message)
+            warnings.warn(message, stacklevel=3)  # the closure of a framework, which had none in this step
+            return
+        record = self.param_groups[0].setdefault(RECORD, new_record())  # where checkpoints have it
+        value = over_ranks(loss, self.param_groups[0]["params"][0].device)
+        if runs_away(record, value):
+            record["handed_over"] = True
+            for group in self.param_groups:
+                for p in group["params"]:
+                    self.state.pop(p, None)
+            self._segments.clear()
+            log.warning(
+                "The loss ran away: its running mean is %.4g and was %.4g. From its step %d on, Adam with lr %g "
+                "takes the place of the rule.",
+                record["mean"],
+                record["best"],
+                record["steps"],
+                self.fallback_lr,
+            )
+
+    def _fall_back(self, params: list[Tensor]) -> None:
+        groups = []
+        for group in self.param_groups:
+            _decay([p for p in group["params"] if p.grad is not None], group)
+            groups.append(
+                {"params": group["params"], "lr": _lr(group) * self.fallback_lr, "maximize": group["maximize"]}
+            )
+        adam = Adam(groups)
+        adam.state = self.state
+        adam.step()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As `torch.optim.Optimizer.load_state_dict`; the rule's state keeps its own dtype."""
-        super().load_state_dict(state_dict)
-        # The base class casts floating-point state to the parameter's dtype: take the values from the source.
+        """As `torch.optim.Optimizer.load_state_dict`; the rule's state keeps its own dtype.
+
+        Raises:
+            ValueError: The state was saved with another model or another rule.
+        """
+        given: dict[Tensor, Any] = {}
+
+        def before(_: Optimizer, state_dict: dict[str, Any]) -> None:
+            given.update({p: state_dict["state"].get(k, {}).get(STATE) for p, k in self._match(state_dict)})
+            for p, state in given.items():
+                wanted = [self.rule.state_size, p.numel()]
+                if state is not None and list(state.shape) != wanted:
+                    raise ValueError(
+                        f"a state of shape {list(state.shape)} does not fit a parameter of shape {list(p.shape)}, "
+                        f"which takes {wanted}: it was saved with another rule or another model"
+                    )
+
+        def after(_: Optimizer) -> None:
+            # The base class casts floating-point state to the parameter's dtype: take the values from the source.
+            for p, state in given.items():
+                if state is not None:
+                    self.state[p][STATE] = state
+            self._segments.clear()
+            self._lay_out([p for p, state in given.items() if state is not None])
+
+        # Hooks, so that those of users find before them what they would with any other optimizer.
+        handles = [
+            self.register_load_state_dict_pre_hook(before),
+            self.register_load_state_dict_post_hook(after, prepend=True),
+        ]
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _match(self, state_dict: dict[str, Any]) -> Iterator[tuple[Tensor, Any]]:
+        """Own parameters with those of the state dict, as far as they match; the base class says where not."""
         saved = [p for group in state_dict["param_groups"] for p in group["params"]]
-        own = [p for group in self.param_groups for p in group["params"]]
-        for index, p in zip(saved, own, strict=True):
-            if index in state_dict["state"]:
-                self.state[p][STATE] = state_dict["state"][index][STATE].to(p.device, copy=True)
+        return zip([p for group in self.param_groups for p in group["params"]], saved, strict=False)
 
     def __getstate__(self) -> dict[str, Any]:
-        """What is copied and pickled: all but the rule's buffers, which are made anew."""
-        return {**super().__getstate__(), "rule": self.rule, "_unrollers": {}, "_flat": {}}
+        """What is copied and pickled: all but what can be made anew."""
+        kept = {key: self.__dict__[key] for key in ("rule", "skip_nonfinite", "num_skipped", "fallback_lr")}
+        return {**super().__getstate__(), **kept, "_copies": {}, "_segments": []}
 
 
-def load_rule(name_or_path: str | Path) -> UpdateRule:
-    """A trained rule, in evaluation mode.
+@dataclass(eq=False)
+class _Segment:
+    """Parameters whose states lie side by side in one tensor: those that got their first gradient together."""
 
-    No file can execute code: rule files are read without pickle, checkpoints with `weights_only=True`.
-
-    Args:
-        name_or_path: Name of a shipped rule ("mnist", "quadratic"), or path of a rule file (`.npz`) or of a Lightning
-            checkpoint of `MetaOptimizer`.
-
-    Raises:
-        FileNotFoundError: There is neither a shipped rule nor a file of this name.
-        ValueError: The file holds no rule, is damaged, or holds a rule of another size.
-    """
-    path = Path(name_or_path)
-    if str(name_or_path) in shipped_rules():
-        return read_shipped(str(name_or_path))
-    if path.suffix == SUFFIX and path.is_file():
-        return read_rule(path)
-    checkpoint = read_checkpoint(path)
-    weights = {k.removeprefix("rule."): v for k, v in checkpoint["state_dict"].items() if k.startswith("rule.")}
-    return fill_rule(checkpoint["hyper_parameters"]["rule"], weights, path)
+    params: list[Tensor]
+    offsets: list[int]  # of each one's coordinates, and the number of all at the end
+    state: Tensor  # [rule.state_size, coordinates]
+    views: list[Tensor]  # each one's part of it, which is its rule_state
 
 
-def read_checkpoint(path: Path) -> dict[str, Any]:
-    """A checkpoint of `MetaOptimizer`, read without executing anything in it.
-
-    Raises:
-        FileNotFoundError: There is no such file.
-        ValueError: The file is damaged, has code in it, or is no checkpoint of a rule.
-    """
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"no rule at {str(path)!r}; give the path of a checkpoint that `fit` wrote, or the name of a shipped "
-            f"rule: {', '.join(shipped_rules())}"
+def _check(p: Tensor) -> None:
+    kind = "complex" if p.is_complex() else "sparse" if p.grad.layout != torch.strided else None  # type: ignore
+    if kind is not None:
+        raise RuntimeError(
+            f"a gradient of shape {list(p.shape)} is {kind}; LearnedOptimizer takes dense real gradients, "
+            "so give this parameter to another optimizer"
         )
-    try:
-        checkpoint: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # whatever a damaged file makes torch.load raise
-        raise ValueError(
-            f"{str(path)!r} cannot be read as a checkpoint (damaged, or with code in it), give another one: "
-            f"{reason(error)}"
-        ) from error
-    try:
-        checkpoint["hyper_parameters"]["rule"], checkpoint["state_dict"].items()
-    except (KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{str(path)!r} is no checkpoint of a MetaOptimizer: it holds no rule") from error
-    return checkpoint
+
+
+def _lr(group: dict[str, Any]) -> Any:
+    """A number, or a tensor without dimensions: on an accelerator it is not waited for."""
+    return group["lr"].view(()) if isinstance(group["lr"], Tensor) else group["lr"]
+
+
+def _decay(params: list[Tensor], group: dict[str, Any]) -> None:
+    if group["weight_decay"] and params:
+        torch._foreach_mul_(params, 1 - _lr(group) * group["weight_decay"])

@@ -136,7 +136,7 @@ def proposals_figure(
     Returns:
         A figure that no window system knows of.
     """
-    makers: dict[str, MakeOptimizer] = {LEARNED: lambda params: LearnedOptimizer(params, rule)}
+    makers: dict[str, MakeOptimizer] = {LEARNED: lambda params: LearnedOptimizer(params, rule, skip_nonfinite=False)}
     makers |= {baseline.name: baseline.at(lr) for baseline, lr in baselines}
     looks = {name: _look((*_ORDER, *makers).index(name)) for name in makers}
     columns = min(3, len(steps))

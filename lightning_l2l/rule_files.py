@@ -12,6 +12,7 @@ from __future__ import annotations
 import io
 import json
 import os
+from collections.abc import Mapping
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,90 @@ from lightning_l2l.rules.describe import build_rule, describe
 SUFFIX = ".npz"
 _DESCRIPTION = "rule"
 _SHIPPED = Path(__file__).parent / "shipped"
+
+
+def load_rule(source: str | Path | Mapping[str, Any], rule: UpdateRule | None = None) -> UpdateRule:
+    """A trained rule, in evaluation mode.
+
+    No file can execute code: rule files are read without pickle, all others with `weights_only=True`.
+
+    Args:
+        source: Name of a shipped rule ("mnist", "quadratic"); path of a rule file (`.npz`), of a Lightning checkpoint
+            of `MetaOptimizer`, or of a state_dict; or what such a checkpoint or state_dict holds, loaded already.
+        rule: With a bare state_dict only, which does not say what it belongs to: a rule of that class with the
+            arguments it was trained with. It is left as it is.
+
+    Raises:
+        FileNotFoundError: There is neither a shipped rule nor a file of this name.
+        ValueError: It holds no rule, is damaged, or holds a rule of another size.
+
+    Example:
+        >>> load_rule("mnist").hidden_size
+        20
+    """
+    if isinstance(source, Mapping):
+        return _from_checkpoint(source, "this state_dict", rule)
+    path = Path(source)
+    if str(source) in shipped_rules():
+        return read_shipped(str(source))
+    if path.suffix == SUFFIX and path.is_file():
+        return read_rule(path)
+    return _from_checkpoint(_read(path), repr(str(path)), rule)
+
+
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """A checkpoint of `MetaOptimizer`, read without executing anything in it.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: The file is damaged, has code in it, or is no checkpoint of a rule.
+    """
+    checkpoint = _read(path)
+    if not _is_checkpoint(checkpoint):
+        raise ValueError(f"{str(path)!r} is no checkpoint of a MetaOptimizer: it holds no rule")
+    found: dict[str, Any] = checkpoint
+    return found
+
+
+def _read(path: Path) -> Any:
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"no rule at {str(path)!r}; give the path of a checkpoint that `fit` wrote, or the name of a shipped "
+            f"rule: {', '.join(shipped_rules())}"
+        )
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # whatever a damaged file makes torch.load raise
+        raise ValueError(
+            f"{str(path)!r} cannot be read as a checkpoint (damaged, or with code in it), give another one: "
+            f"{reason(error)}"
+        ) from error
+
+
+def _is_checkpoint(content: Any) -> bool:
+    try:
+        return isinstance(content["state_dict"], Mapping) and "rule" in content["hyper_parameters"]
+    except (KeyError, TypeError):
+        return False
+
+
+def _from_checkpoint(content: Any, name: str, rule: UpdateRule | None) -> UpdateRule:
+    if _is_checkpoint(content):
+        return fill_rule(content["hyper_parameters"]["rule"], _of_the_rule(content["state_dict"]), name)
+    if not isinstance(content, Mapping) or not all(isinstance(value, torch.Tensor) for value in content.values()):
+        raise ValueError(f"{name} is neither a checkpoint of a MetaOptimizer nor a state_dict: it holds no rule")
+    if rule is None:
+        raise ValueError(
+            f"{name} has weights but does not say of which rule; give load_rule(..., rule=CoordinatewiseLSTM(...)) "
+            "with the arguments that it was trained with"
+        )
+    return fill_rule(describe(rule), _of_the_rule(content), name)
+
+
+def _of_the_rule(state_dict: Mapping[str, Any]) -> dict[str, Any]:
+    """The entries of a MetaOptimizer's rule, or all where it is a rule's own state_dict."""
+    found = {k.removeprefix("rule."): v for k, v in state_dict.items() if k.startswith("rule.")}
+    return found or dict(state_dict)
 
 
 def save_rule(rule: UpdateRule, path: Path) -> None:
@@ -70,7 +155,7 @@ def _read_rule(content: bytes, path: Path) -> UpdateRule:
             f"{str(path)!r} cannot be read as a rule file (damaged, or with pickled objects in it), give another "
             f"one: {reason(error)}"
         ) from error
-    return fill_rule(description, weights, path)
+    return fill_rule(description, weights, repr(str(path)))
 
 
 def reason(error: Exception) -> str:
@@ -78,13 +163,13 @@ def reason(error: Exception) -> str:
     return str(error).splitlines()[0] if str(error) else type(error).__name__
 
 
-def fill_rule(description: dict[str, Any], weights: dict[str, torch.Tensor], path: Path) -> UpdateRule:
+def fill_rule(description: dict[str, Any], weights: dict[str, torch.Tensor], name: str) -> UpdateRule:
     """Build the rule that is described, with these weights, in evaluation mode.
 
     Args:
         description: As `describe` gives it.
         weights: As in `state_dict`.
-        path: Where they come from, for the error.
+        name: Where they come from, for the error.
 
     Raises:
         ValueError: They do not fit each other.
@@ -94,7 +179,7 @@ def fill_rule(description: dict[str, Any], weights: dict[str, torch.Tensor], pat
         rule.load_state_dict(weights)
     except RuntimeError as error:
         raise ValueError(
-            f"the weights in {str(path)!r} do not fit the rule it describes ({description}): it is damaged"
+            f"the weights in {name} do not fit the rule they are for ({description}): damaged, or of another size"
         ) from error
     return rule.eval().requires_grad_(False)
 

@@ -29,7 +29,7 @@ from rich.table import Table
 from lightning_l2l import cli
 from lightning_l2l.callbacks import LEARNED, MONITOR
 from lightning_l2l.figures import label_log_axis, look, tidy
-from lightning_l2l.optim import read_checkpoint
+from lightning_l2l.rule_files import read_checkpoint
 from lightning_l2l.tables import print_table
 
 ROOT_DIR = "trainer.default_root_dir"

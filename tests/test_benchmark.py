@@ -1,9 +1,12 @@
-"""How long a meta-epoch takes beside plain autograd: `pytest -m benchmark`.
+"""What meta-training and a trained rule cost: `pytest -m benchmark tests/test_benchmark.py`.
+
+One step of LearnedOptimizer stands beside one of Adam and beside the rule's matrix products alone, by torch, for
+models of 15 thousand to 10 million parameters.
 
 One meta-epoch: 100 inner steps in 5 truncations of 20, an Adam step of the meta-parameters after each, float32,
-2 threads, the data in memory. (M) is the MNIST MLP, one task of 15,910 coordinates with log-and-sign; (Q) is 128
-quadratics of 10 dimensions. The reference does the same work the plain way: `nn.LSTMCell`, autograd through the
-unroll, gradients of the optimizee detached.
+2 threads, the data in memory, beside plain autograd. (M) is the MNIST MLP, one task of 15,910 coordinates with
+log-and-sign; (Q) is 128 quadratics of 10 dimensions. The reference does the same work the plain way: `nn.LSTMCell`,
+autograd through the unroll, gradients of the optimizee detached.
 """
 
 import math
@@ -13,7 +16,9 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from lightning_l2l import LearnedOptimizer
 from lightning_l2l.rules import CoordinatewiseLSTM
+from lightning_l2l.rules.base import CPU_BLOCK, blocks
 from lightning_l2l.tasks import MLP, NetworkTask, Quadratic
 from lightning_l2l.unroll import Unroll
 
@@ -130,3 +135,71 @@ def test_meta_epoch(benchmark, problem, implementation, capsys):
         ratio = SECONDS[problem, "ours"] / SECONDS[problem, "reference"]
         with capsys.disabled():
             print(f"\n({problem}) {SECONDS[problem, 'ours']:.3f} s, {ratio:.3f} x the reference")
+
+
+def model_with_gradients(size):
+    """Parameters as a network has them: matrices and vectors."""
+    width = {15_910: 20, 1_000_000: 400, 10_000_000: 1600}[size]
+    shapes = [(width, width), (width,)] * (size // (width * (width + 1)))
+    shapes.append((size - sum(math.prod(shape) for shape in shapes),))
+    params = [nn.Parameter(torch.randn(shape)) for shape in shapes]
+    for p in params:
+        p.grad = torch.randn_like(p)
+    return params
+
+
+def optimizer_step(make):
+    def prepare(size):
+        optimizer = make(model_with_gradients(size))
+        optimizer.step()
+        state = [v for s in optimizer.state.values() for v in s.values() if v.dim()]
+        BYTES[size, make.__name__] = sum(v.numel() * v.element_size() for v in state) / size
+        return optimizer.step
+
+    prepare.__name__ = make.__name__
+    return prepare
+
+
+def learned(params):
+    return LearnedOptimizer(params, CoordinatewiseLSTM())
+
+
+def adam(params):
+    return torch.optim.Adam(params)
+
+
+def products(size):
+    """The rule's products and nothing else, in blocks of the size that suits them."""
+    parts = [part.stop - part.start for part in blocks(size, CPU_BLOCK)]
+    weights = [torch.randn(80, 23), torch.randn(80, 41), torch.randn(1, 21)]
+    inputs = [torch.randn(w.shape[1], parts[0]) for w in weights]
+    outputs = [torch.empty(len(w), parts[0]) for w in weights]
+
+    def multiply():
+        for _ in parts:
+            for w, x, out in zip(weights, inputs, outputs, strict=True):
+                torch.mm(w, x, out=out)
+
+    return multiply
+
+
+BYTES = {}
+
+
+@pytest.mark.parametrize("what", [optimizer_step(adam), products, optimizer_step(learned)], ids=lambda f: f.__name__)
+@pytest.mark.parametrize("size", [15_910, 1_000_000, 10_000_000])
+def test_optimizer_step(benchmark, size, what, capsys):
+    torch.set_num_threads(2)
+    benchmark.group = f"step of {size:,} parameters"
+    benchmark.pedantic(what(size), rounds=200 if size < 10**6 else 15 if size < 10**7 else 5, warmup_rounds=1)
+    SECONDS[size, what.__name__] = benchmark.stats.stats.median
+    if what.__name__ == "learned":
+        names = ("adam", "products", "learned")
+        micro = [f"{name} {SECONDS[size, name] / size * 1e6:.4f}" for name in names]
+        ratio = SECONDS[size, "learned"] / SECONDS[size, "products"]
+        state = [f"{name} {BYTES[size, name]:.0f}" for name in ("adam", "learned")]
+        with capsys.disabled():
+            print(
+                f"\n{size:,} parameters: microseconds a parameter: {', '.join(micro)}; learned / products {ratio:.2f}; "
+                f"bytes of state a parameter: {', '.join(state)}"
+            )

@@ -66,7 +66,7 @@ def test_weights_must_fit_the_description(rule, tmp_path):
     with np.load(tmp_path / "a.npz") as archive:
         arrays = dict(archive)
     np.savez(tmp_path / "b.npz", **{k: v for k, v in arrays.items() if k != "bias_l1"})
-    with pytest.raises(ValueError, match="do not fit the rule it describes"):
+    with pytest.raises(ValueError, match="do not fit the rule they are for"):
         read_rule(tmp_path / "b.npz")
 
 

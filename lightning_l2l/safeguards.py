@@ -1,0 +1,65 @@
+"""When a run goes wrong beyond repair by the rule that made it."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, distributed
+
+#: Inner steps over which the loss is averaged, and twice of which pass before it is judged.
+WINDOW = 10
+#: The part of what had been gained that may be lost again.
+TOLERANCE = 0.5
+
+
+def new_record() -> dict[str, Any]:
+    """What `runs_away` remembers, in plain types, before the first loss."""
+    return {"steps": 0, "mean": 0.0, "variance": 0.0, "start": math.nan, "best": math.inf, "noise": 0.0}
+
+
+def runs_away(record: dict[str, Any], loss: float) -> bool:
+    r"""Whether a run has lost more than half of what it had gained.
+
+    .. math:: m_t > b + (m_{10} - b) / 2 + s, \qquad m_t = m_{t-1} + (l_t - m_{t-1}) / \min(t, 10)
+
+    m is a running mean of the losses, b its smallest value so far, and s the standard deviation of the losses around
+    m when it was reached. So neither the scale nor the sign of the loss matters, nor that minibatches differ. No
+    judgement is made before step 20. A loss that is not finite does not count: its gradient is left out anyway.
+
+    Args:
+        record: As `new_record` makes it; updated.
+        loss: Of this inner step.
+
+    Example:
+        >>> record = new_record()
+        >>> any(runs_away(record, 1 / (1 + t)) for t in range(100))
+        False
+        >>> [runs_away(record, 1.0) for t in range(3)]
+        [False, False, True]
+    """
+    if not math.isfinite(loss):
+        return False
+    record["steps"] += 1
+    weight, off = 1 / min(record["steps"], WINDOW), loss - record["mean"]
+    record["mean"] += weight * off
+    record["variance"] = (1 - weight) * (record["variance"] + weight * off * off)
+    if record["steps"] < WINDOW:
+        return False
+    if record["steps"] == WINDOW:
+        record["start"] = record["mean"]
+    if record["mean"] < record["best"]:
+        record.update(best=record["mean"], noise=math.sqrt(record["variance"]))
+    allowed = TOLERANCE * (record["start"] - record["best"]) + record["noise"]
+    return bool(record["steps"] >= 2 * WINDOW and record["mean"] - record["best"] > allowed)
+
+
+def over_ranks(loss: Any, device: torch.device) -> float:
+    """A loss as a number: under `torch.distributed` the mean over all ranks, so that all decide alike."""
+    value = loss.detach() if isinstance(loss, Tensor) else torch.tensor(float(loss))
+    if distributed.is_available() and distributed.is_initialized():
+        value = value.to(device, torch.float32, copy=True)
+        distributed.all_reduce(value)
+        value /= distributed.get_world_size()
+    return float(value)
