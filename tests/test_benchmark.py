@@ -137,20 +137,24 @@ def test_meta_epoch(benchmark, problem, implementation, capsys):
             print(f"\n({problem}) {SECONDS[problem, 'ours']:.3f} s, {ratio:.3f} x the reference")
 
 
-def model_with_gradients(size):
-    """Parameters as a network has them: matrices and vectors."""
-    width = {15_910: 20, 1_000_000: 400, 10_000_000: 1600}[size]
-    shapes = [(width, width), (width,)] * (size // (width * (width + 1)))
-    shapes.append((size - sum(math.prod(shape) for shape in shapes),))
-    params = [nn.Parameter(torch.randn(shape)) for shape in shapes]
+MODELS = {
+    15_910: lambda: MLP(),
+    1_001_000: lambda: nn.Linear(1000, 1000),
+    10_010_000: lambda: nn.Sequential(*(nn.Linear(1000, 1000) for _ in range(10))),
+}
+
+
+def parameters_with_gradients(size):
+    params = list(MODELS[size]().parameters())
+    assert sum(p.numel() for p in params) == size
     for p in params:
-        p.grad = torch.randn_like(p)
+        p.grad = 0.1 * torch.randn_like(p)
     return params
 
 
 def optimizer_step(make):
     def prepare(size):
-        optimizer = make(model_with_gradients(size))
+        optimizer = make(parameters_with_gradients(size))
         optimizer.step()
         state = [v for s in optimizer.state.values() for v in s.values() if v.dim()]
         BYTES[size, make.__name__] = sum(v.numel() * v.element_size() for v in state) / size
@@ -187,11 +191,11 @@ BYTES = {}
 
 
 @pytest.mark.parametrize("what", [optimizer_step(adam), products, optimizer_step(learned)], ids=lambda f: f.__name__)
-@pytest.mark.parametrize("size", [15_910, 1_000_000, 10_000_000])
+@pytest.mark.parametrize("size", MODELS)
 def test_optimizer_step(benchmark, size, what, capsys):
     torch.set_num_threads(2)
     benchmark.group = f"step of {size:,} parameters"
-    benchmark.pedantic(what(size), rounds=200 if size < 10**6 else 15 if size < 10**7 else 5, warmup_rounds=1)
+    benchmark.pedantic(what(size), rounds=max(5, min(200, 15 * 10**6 // size)), warmup_rounds=1)
     SECONDS[size, what.__name__] = benchmark.stats.stats.median
     if what.__name__ == "learned":
         names = ("adam", "products", "learned")

@@ -5,6 +5,9 @@
 #include <omp.h>
 #include <stdint.h>
 #include <string.h>
+#ifdef __AVX__
+#include <immintrin.h>
+#endif
 
 /* ---- A cell in one pass over memory; lstm_kernel.py explains the form and the symbols. ---- */
 
@@ -85,10 +88,17 @@ typedef float unaligned __attribute__((vector_size(4 * LANES), aligned(4), may_a
 
 #define ALL(x) ((x) - (vec){0}) /* x in all lanes */
 
+/* x within -bound and bound; nan comes through, which decides the order of arguments. */
 static inline vec clamped(vec x, float bound) {
+#if defined __AVX512F__
+  return (vec)_mm512_max_ps((__m512)ALL(-bound), _mm512_min_ps((__m512)ALL(bound), (__m512)x));
+#elif defined __AVX__
+  return (vec)_mm256_max_ps((__m256)ALL(-bound), _mm256_min_ps((__m256)ALL(bound), (__m256)x));
+#else
   ivec above = x > bound, below = x < -bound;
   x = (vec)((above & (ivec)ALL(bound)) | (~above & (ivec)x));
   return (vec)((below & (ivec)ALL(-bound)) | (~below & (ivec)x));
+#endif
 }
 
 /* 2^x for |x| <= 40 and at the nearer end beyond: three such factors do not overflow. nan comes through.
@@ -135,7 +145,7 @@ static void tile_step(long hidden, long layers, long features, const float *rest
         vec x[WIDE];
         for (int v = 0; v < WIDE; v++) {
           x[v] = ((vec *)(inputs + k * TILE))[v];
-#ifdef __SSE2__
+#ifdef __AVX__
           __asm__("" : "+x"(x[v])); /* keep it in a register: each is used four times, and loads are what is scarce */
 #endif
         }
