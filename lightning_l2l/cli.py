@@ -1,4 +1,4 @@
-"""The command line: `python -m lightning_l2l fit | validate | test | predict`."""
+"""The command line: `python -m lightning_l2l fit | validate | test | predict | export`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from jsonargparse import Namespace
+from jsonargparse import Namespace, auto_cli
 from lightning.pytorch import LightningDataModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
@@ -19,11 +19,15 @@ from lightning_l2l import data, rules, tasks  # noqa: F401  # so that YAML can n
 from lightning_l2l.callbacks import LearningCurves
 from lightning_l2l.interrupt import ResumeCheckpoint
 from lightning_l2l.meta_optimizer import MetaOptimizer
-from lightning_l2l.rule_files import SUFFIX, load_rule, read_checkpoint, shipped_rules
+from lightning_l2l.rule_files import SUFFIX, load_rule, read_checkpoint, save_rule, shipped_rules
 from lightning_l2l.rules import UpdateRule
 from lightning_l2l.rules.describe import describe
 
 LAST = "last"
+
+DESCRIPTION = """Learning to learn by gradient descent by gradient descent.
+
+Beside the commands below there is `export --ckpt_path P --output F`, which writes a trained rule to a small file."""
 
 #: What `fit` does without arguments; configs/quadratic.yaml is the same with comments, and trains for longer.
 DEFAULTS: dict[str, Any] = {
@@ -82,7 +86,7 @@ class CLI(LightningCLI):
             self._use_rule(config, command)
             return
         if config["ckpt_path"] == LAST:
-            config["ckpt_path"] = str(_newest_last(config))
+            config["ckpt_path"] = str(_newest_last(Path(config["trainer"]["default_root_dir"] or ".")))
         path = Path(config["ckpt_path"])
         read_checkpoint(path)  # refuses what it cannot read, in one line
         if command == "fit" and path.name == "last.ckpt" and path.parent.name == "checkpoints":
@@ -141,9 +145,8 @@ class CLI(LightningCLI):
         return super().instantiate_trainer(**kwargs)
 
 
-def _newest_last(config: Any) -> Path:
-    """The last.ckpt written most recently under the folder that this run would log to."""
-    root = Path(config["trainer"]["default_root_dir"] or ".")
+def _newest_last(root: Path) -> Path:
+    """The last.ckpt written most recently under the folder that runs log to."""
     found = sorted(root.glob("*/version_*/checkpoints/last.ckpt"), key=lambda p: p.stat().st_mtime)
     if not found:
         raise FileNotFoundError(
@@ -151,6 +154,20 @@ def _newest_last(config: Any) -> Path:
             "the checkpoint, or the --trainer.default_root_dir of the run that wrote it"
         )
     return found[-1]
+
+
+def export(ckpt_path: str, output: Path) -> None:
+    """Write the rule of a checkpoint to a file of some 20 kB that `load_rule` reads.
+
+    Args:
+        ckpt_path: A checkpoint, the name of a shipped rule, or "last" for the newest run under this folder.
+        output: Where to, with the suffix .npz; an existing file is replaced.
+    """
+    rule = load_rule(_newest_last(Path()) if ckpt_path == LAST else ckpt_path)
+    save_rule(rule, output)
+    arguments = ", ".join(f"{k}={v!r}" for k, v in describe(rule)["init_args"].items())
+    print(f"{output}: {type(rule).__name__}({arguments}), {output.stat().st_size / 1000:.0f} kB")
+    print(f'Use it: LearnedOptimizer(model.parameters(), "{output}")')
 
 
 def main(args: ArgsType = None) -> None:
@@ -162,7 +179,11 @@ def main(args: ArgsType = None) -> None:
     """
     # Lightning 2.6 with a recent torch: https://github.com/Lightning-AI/pytorch-lightning/issues/21326
     warnings.filterwarnings("ignore", ".*LeafSpec.*is deprecated")
+    given = sys.argv[1:] if args is None else args
     try:
+        if isinstance(given, list) and given[:1] == ["export"]:
+            auto_cli(export, args=given[1:], as_positional=False, prog="python -m lightning_l2l export")
+            return
         CLI(
             MetaOptimizer,
             LightningDataModule,
@@ -171,7 +192,7 @@ def main(args: ArgsType = None) -> None:
             seed_everything_default=0,
             trainer_defaults={**TRAINER_DEFAULTS, "callbacks": [ResumeCheckpoint()]},
             save_config_kwargs={"overwrite": True},  # a resumed run writes into its own folder again
-            parser_kwargs={"default_env": False},
+            parser_kwargs={"default_env": False, "description": DESCRIPTION},
             args=args,
         )
     except (ValueError, RuntimeError, FileNotFoundError) as error:

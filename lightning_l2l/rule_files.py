@@ -122,9 +122,12 @@ def save_rule(rule: UpdateRule, path: Path) -> None:
 
     Raises:
         ValueError: Another suffix.
+        FileNotFoundError: There is no such folder.
     """
     if path.suffix != SUFFIX:
         raise ValueError(f"{str(path)!r} has not the suffix of a rule file; use {path.with_suffix(SUFFIX).name!r}")
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"there is no folder {str(path.parent)!r} to write {path.name!r} to; make it first")
     arrays: dict[str, Any] = {name: value.detach().cpu().numpy() for name, value in rule.state_dict().items()}
     arrays[_DESCRIPTION] = np.array(json.dumps(describe(rule)))
     unfinished = path.with_name(f".{path.name}.{os.getpid()}{SUFFIX}")

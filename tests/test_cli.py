@@ -89,6 +89,17 @@ def test_the_checkpoint_says_what_model_it_is():
     assert len(rows(table)) == 6 * 7
 
 
+def test_export_writes_a_small_file_that_is_the_trained_rule(capsys):
+    main(["fit", *TINY_FIT, "--curves.baselines=[]"])
+    capsys.readouterr()
+    main(["export", "--ckpt_path=last", "--output=mine.npz"])
+    assert "hidden_size=3" in capsys.readouterr().out
+    assert Path("mine.npz").stat().st_size < 30_000
+    last, mine = load_rule(run() / "checkpoints/last.ckpt"), load_rule("mine.npz")
+    assert describe(mine) == describe(last)
+    assert all(torch.equal(a, b) for a, b in zip(mine.parameters(), last.parameters(), strict=True))
+
+
 def scalars(folder):
     events = EventAccumulator(str(folder))
     events.Reload()
@@ -256,6 +267,10 @@ def mistakes(trained, mnist_root, tmp_path):
         (["test", *TINY, f"--ckpt_path={damaged}"], "damaged"),
         (["test", *TINY, "--model.rule.hidden_size=4", f"--ckpt_path={trained}"], "--model.rule.hidden_size 3"),
         (["test", *TINY, "--trainer.inference_mode=true", f"--ckpt_path={trained}"], "inference_mode=False"),
+        (["export", "--ckpt_path=mnist", "--output=rule.bin"], "use 'rule.npz'"),
+        (["export", "--ckpt_path=mnist", "--output=absent/rule.npz"], "no folder 'absent'"),
+        (["export", f"--ckpt_path={damaged}", "--output=rule.npz"], "damaged"),
+        (["export", "--ckpt_path=last", "--output=rule.npz"], "no checkpoints/last.ckpt"),
         (["fit", *mnist(tmp_path / "absent", "--data.download=false")], "train-images"),
         (["fit", *mnist(half.parents[1], "--data.download=false")], "train-images"),
     ]
