@@ -6,6 +6,7 @@ import copy
 import logging
 import warnings
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from itertools import accumulate, groupby
 from pathlib import Path
@@ -49,7 +50,7 @@ class LearnedOptimizer(Optimizer):
             step; False avoids that.
         fallback_lr: Learning rate, times `lr`, of the Adam that takes over for good when the loss runs away, as
             `safeguards.runs_away` defines it; a line is logged. It needs the loss: `step(closure)` or
-            `step(loss=loss)`. Above 0. None: the rule stays.
+            `step(loss=loss)`, to be minimised unless all groups maximize. Above 0. None: the rule stays.
 
     Raises:
         ValueError: An option is out of its range.
@@ -92,7 +93,7 @@ class LearnedOptimizer(Optimizer):
         Raises:
             ValueError: An option is out of its range.
         """
-        options = {**self.defaults, **param_group}
+        options = {**self.defaults, **(param_group if isinstance(param_group, dict) else {})}  # torch refuses others
         lr, decay, bound = options["lr"], options["weight_decay"], options["max_update"]
         if isinstance(lr, Tensor) and lr.numel() != 1:
             raise ValueError(f"lr of shape {list(lr.shape)} is not one number; give each group its own lr")
@@ -138,7 +139,8 @@ class LearnedOptimizer(Optimizer):
         if self._usable([gradient for *_, gradient in runs]):
             for segment, first, last, gradient in runs:
                 columns = slice(segment.offsets[first], segment.offsets[last])
-                update = self._rule_on(gradient.device).step_(gradient, segment.state[:, columns])
+                with _without_autocast(gradient.device.type):
+                    update = self._rule_on(gradient.device).step_(gradient, segment.state[:, columns])
                 for k, run in groupby(range(first, last), lambda i: group_of[segment.params[i]]):  # noqa: B023
                     self._apply(self.param_groups[k], segment, list(run), update, columns.start)
         return loss
@@ -165,7 +167,7 @@ class LearnedOptimizer(Optimizer):
             warnings.warn(
                 "a gradient has inf or nan: this inner step is left out. Further ones are counted in "
                 "LearnedOptimizer.num_skipped without a warning",
-                stacklevel=3,
+                stacklevel=5,
             )
         self.num_skipped += 1
         return False
@@ -187,7 +189,9 @@ class LearnedOptimizer(Optimizer):
         """Make the state of those that have none, and bring states that lie apart into one tensor."""
         placed = {p: view for segment in self._segments for p, view in zip(segment.params, segment.views, strict=True)}
         loose = {p for p in params if p not in placed}
-        loose |= {p for p, view in placed.items() if self.state[p].get(STATE) is not view or p.device != view.device}
+        loose |= {
+            p for p, view in placed.items() if self.state.get(p, {}).get(STATE) is not view or p.device != view.device
+        }
         if not loose:
             return
         broken = [segment for segment in self._segments if not loose.isdisjoint(segment.params)]
@@ -225,11 +229,12 @@ class LearnedOptimizer(Optimizer):
             message = "fallback_lr is set, but there is no loss to watch; use step(closure) or step(loss=loss)"
             if not has_closure:
                 raise RuntimeError(message)
-            warnings.warn(message, stacklevel=3)  # the closure of a framework, which had none in this step
+            warnings.warn(message, stacklevel=5)  # the closure of a framework, which had none in this step
             return
         record = self.param_groups[0].setdefault(RECORD, new_record())  # where checkpoints have it
-        value = over_ranks(loss, self.param_groups[0]["params"][0].device)
-        if runs_away(record, value):
+        sign = -1 if all(group["maximize"] for group in self.param_groups) else 1
+        value = over_ranks(loss, next(p.device for group in self.param_groups for p in group["params"]))
+        if runs_away(record, sign * value):
             record["handed_over"] = True
             for group in self.param_groups:
                 for p in group["params"]:
@@ -238,8 +243,8 @@ class LearnedOptimizer(Optimizer):
             log.warning(
                 "The loss ran away: its running mean is %.4g and was %.4g. From its step %d on, Adam with lr %g "
                 "takes the place of the rule.",
-                record["mean"],
-                record["best"],
+                sign * record["mean"],
+                sign * record["best"],
                 record["steps"],
                 self.fallback_lr,
             )
@@ -274,6 +279,9 @@ class LearnedOptimizer(Optimizer):
                     )
 
         def after(_: Optimizer) -> None:
+            for group in self.param_groups:  # as another optimizer saved them
+                for option in ("lr", "weight_decay", "maximize", "max_update"):
+                    group.setdefault(option, self.defaults[option])
             # The base class casts floating-point state to the parameter's dtype: take the values from the source.
             for p, state in given.items():
                 if state is not None:
@@ -320,6 +328,12 @@ def _check(p: Tensor) -> None:
             f"a gradient of shape {list(p.shape)} is {kind}; LearnedOptimizer takes dense real gradients, "
             "so give this parameter to another optimizer"
         )
+
+
+def _without_autocast(device_type: str) -> AbstractContextManager[Any]:
+    """A step may be made inside of an autocast, as Lightning's manual optimization does."""
+    available = torch.amp.is_autocast_available(device_type)
+    return torch.autocast(device_type, enabled=False) if available else nullcontext()
 
 
 def _lr(group: dict[str, Any]) -> Any:

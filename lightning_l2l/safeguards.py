@@ -12,21 +12,27 @@ from torch import Tensor, distributed
 WINDOW = 10
 #: The part of what had been gained that may be lost again.
 TOLERANCE = 0.5
+#: Inner steps that may pass before a loss is not above the first.
+PATIENCE = 100
+#: How many standard deviations of a single loss the mean may lie above that: noise alone never gets there.
+DEVIATIONS = 3
 
 
 def new_record() -> dict[str, Any]:
     """What `runs_away` remembers, in plain types, before the first loss."""
-    return {"steps": 0, "mean": 0.0, "variance": 0.0, "start": math.nan, "best": math.inf, "noise": 0.0}
+    running = {"steps": 0, "mean": 0.0, "variance": 0.0}
+    return {**running, "first": math.nan, "improved": False, "start": math.nan, "best": math.inf, "noise": 0.0}
 
 
 def runs_away(record: dict[str, Any], loss: float) -> bool:
-    r"""Whether a run has lost more than half of what it had gained.
+    r"""Whether a run has lost more than half of what it had gained, or never gained anything.
 
-    .. math:: m_t > b + (m_{10} - b) / 2 + s, \qquad m_t = m_{t-1} + (l_t - m_{t-1}) / \min(t, 10)
+    .. math:: m_t > b + (m_{10} - b) / 2 + 3 s, \qquad m_t = m_{t-1} + (l_t - m_{t-1}) / \min(t, 10)
 
     m is a running mean of the losses, b its smallest value so far, and s the standard deviation of the losses around
     m when it was reached. So neither the scale nor the sign of the loss matters, nor that minibatches differ. No
-    judgement is made before step 20. A loss that is not finite does not count: its gradient is left out anyway.
+    judgement is made before step 20. A run that explodes at once loses nothing that it had gained: it has run away if
+    each of 100 losses is above the first. A loss that is not finite does not count: its gradient is left out anyway.
 
     Args:
         record: As `new_record` makes it; updated.
@@ -37,11 +43,15 @@ def runs_away(record: dict[str, Any], loss: float) -> bool:
         >>> any(runs_away(record, 1 / (1 + t)) for t in range(100))
         False
         >>> [runs_away(record, 1.0) for t in range(3)]
-        [False, False, True]
+        [False, True, True]
     """
     if not math.isfinite(loss):
         return False
     record["steps"] += 1
+    if record["steps"] == 1:
+        record["first"] = loss
+    else:
+        record["improved"] = record["improved"] or loss <= record["first"]
     weight, off = 1 / min(record["steps"], WINDOW), loss - record["mean"]
     record["mean"] += weight * off
     record["variance"] = (1 - weight) * (record["variance"] + weight * off * off)
@@ -51,13 +61,15 @@ def runs_away(record: dict[str, Any], loss: float) -> bool:
         record["start"] = record["mean"]
     if record["mean"] < record["best"]:
         record.update(best=record["mean"], noise=math.sqrt(record["variance"]))
-    allowed = TOLERANCE * (record["start"] - record["best"]) + record["noise"]
+    if record["steps"] > PATIENCE and not record["improved"]:
+        return True
+    allowed = TOLERANCE * (record["start"] - record["best"]) + DEVIATIONS * record["noise"]
     return bool(record["steps"] >= 2 * WINDOW and record["mean"] - record["best"] > allowed)
 
 
 def over_ranks(loss: Any, device: torch.device) -> float:
     """A loss as a number: under `torch.distributed` the mean over all ranks, so that all decide alike."""
-    value = loss.detach() if isinstance(loss, Tensor) else torch.tensor(float(loss))
+    value = loss.detach() if isinstance(loss, Tensor) else torch.tensor(float(loss), dtype=torch.float64)
     if distributed.is_available() and distributed.is_initialized():
         value = value.to(device, torch.float32, copy=True)
         distributed.all_reduce(value)

@@ -1,5 +1,6 @@
 """Rule files, and the rules that come with the package."""
 
+import copy
 import csv
 import os
 import shlex
@@ -12,8 +13,9 @@ import numpy as np
 import pytest
 import torch
 
-from lightning_l2l import CoordinatewiseLSTM, main, rule_files
+from lightning_l2l import CoordinatewiseLSTM, LearnedOptimizer, load_rule, main, rule_files
 from lightning_l2l.rule_files import card, read_rule, save_rule, shipped_rules
+from lightning_l2l.rules.describe import describe
 
 ROOT = Path(__file__).parents[1]
 NAMES = shipped_rules()
@@ -68,6 +70,138 @@ def test_weights_must_fit_the_description(rule, tmp_path):
     np.savez(tmp_path / "b.npz", **{k: v for k, v in arrays.items() if k != "bias_l1"})
     with pytest.raises(ValueError, match="do not fit the rule they are for"):
         read_rule(tmp_path / "b.npz")
+
+
+# ---- load_rule ----
+
+
+def checkpoint(rule):
+    """What a checkpoint of MetaOptimizer holds, as far as its rule is concerned."""
+    return {
+        "state_dict": {"task.scale": torch.ones(1), **{f"rule.{k}": v for k, v in rule.state_dict().items()}},
+        "hyper_parameters": {"rule": describe(rule), "unroll_length": 20},
+        "epoch": 3,
+    }
+
+
+SOURCES = {
+    "checkpoint": (checkpoint, False),
+    "state-dict": (lambda rule: rule.state_dict(), True),
+    "state-dict-of-the-module": (lambda rule: checkpoint(rule)["state_dict"], True),
+}
+
+
+@pytest.mark.parametrize("way", ["path", "name", "loaded"])
+@pytest.mark.parametrize("source", SOURCES)
+def test_load_rule_brings_back_rule_and_weights(rule, tmp_path, source, way):
+    make, is_bare = SOURCES[source]
+    content = copy.deepcopy(make(rule))
+    torch.save(content, tmp_path / "rule.ckpt")
+    given = {"path": tmp_path / "rule.ckpt", "name": str(tmp_path / "rule.ckpt"), "loaded": content}[way]
+    form = CoordinatewiseLSTM(hidden_size=4, preprocessing="identity", output_scale=0.3) if is_bare else None
+    before = copy.deepcopy(form)
+    found = load_rule(given, form)
+    assert describe(found) == describe(rule) and found is not form
+    assert not found.training and not any(p.requires_grad for p in found.parameters())
+    for weights in content.get("state_dict", content).values():
+        weights.zero_()  # they were copied
+    for key, value in rule.state_dict().items():
+        assert torch.equal(found.state_dict()[key], value)
+    if form is not None:
+        assert form.training and all(p.requires_grad for p in form.parameters())
+        for a, b in zip(form.parameters(), before.parameters(), strict=True):
+            assert torch.equal(a, b)
+
+
+def test_load_rule_reads_rule_files_and_knows_the_shipped_ones(rule, tmp_path):
+    save_rule(rule, tmp_path / "own.npz")
+    for source in (tmp_path / "own.npz", str(tmp_path / "own.npz")):
+        assert torch.equal(load_rule(source).readout.weight, rule.readout.weight)
+    for name in NAMES:
+        assert describe(load_rule(name)) == describe(rule_files.read_shipped(name))
+    with pytest.raises(FileNotFoundError, match=r"no rule at 'cifar'; .* name of a shipped rule: mnist, quadratic"):
+        load_rule("cifar")
+    with pytest.raises(FileNotFoundError, match=r"no rule at .*nothing\.npz"):
+        load_rule(tmp_path / "nothing.npz")
+    with pytest.raises(FileNotFoundError, match="no rule at"):
+        load_rule(tmp_path)
+
+
+def test_an_optimizer_takes_what_load_rule_takes(rule):
+    params = [torch.nn.Parameter(torch.zeros(2))]
+    found = LearnedOptimizer(params, checkpoint(rule)).rule
+    assert torch.equal(found.readout.weight, rule.readout.weight)
+
+
+def changed(**arguments):
+    """A checkpoint's description of its rule, with other arguments."""
+
+    def change(content):
+        content["hyper_parameters"]["rule"]["init_args"].update(arguments)
+        return content
+
+    return change
+
+
+def of_class(path):
+    def change(content):
+        content["hyper_parameters"]["rule"]["class_path"] = path
+        return content
+
+    return change
+
+
+def without_rule(content):
+    del content["hyper_parameters"]["rule"]
+    return content
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (without_rule, "neither a checkpoint of a MetaOptimizer nor a state_dict: it holds no rule"),
+        (changed(hidden_size=5), "do not fit"),
+        (changed(num_layers=3), "do not fit"),
+        (changed(width=5), "cannot be built"),
+        (of_class("os.system"), "'os.system' is not known"),
+        (
+            lambda content: {**content, "trap": Trap()},
+            r"cannot be read as a checkpoint \(damaged, or with code in it\)",
+        ),
+        (lambda content: [1, 2], "holds no rule"),
+        (lambda content: {"state_dict": 3, "hyper_parameters": {"rule": 3}}, "holds no rule"),
+        (lambda content: content["state_dict"], r"does not say of which rule; give load_rule\(\.\.\., rule="),
+    ],
+)
+def test_load_rule_refuses(rule, tmp_path, change, message):
+    content = change(checkpoint(rule))
+    torch.save(content, tmp_path / "rule.ckpt")
+    with pytest.raises(ValueError, match=message):
+        load_rule(tmp_path / "rule.ckpt")
+    if isinstance(content, dict) and "trap" not in content:
+        with pytest.raises(ValueError, match=message):
+            load_rule(content)
+
+
+@pytest.mark.parametrize("form", [CoordinatewiseLSTM(hidden_size=5), CoordinatewiseLSTM(hidden_size=4, num_layers=1)])
+def test_a_bare_state_dict_must_fit_the_rule_it_is_said_to_be_of(rule, form):
+    with pytest.raises(ValueError, match="weights in this state_dict do not fit the rule they are for"):
+        load_rule(rule.state_dict(), form)
+    with pytest.raises(ValueError, match="do not fit"):
+        load_rule({}, form)
+
+
+def test_load_rule_refuses_truncated_files(rule, tmp_path):
+    path = tmp_path / "rule.ckpt"
+    torch.save(checkpoint(rule), path)
+    whole = path.read_bytes()
+    for length in (0, 10, len(whole) // 2, len(whole) - 1):
+        path.write_bytes(whole[:length])
+        with pytest.raises(ValueError, match=r"rule\.ckpt' cannot be read as a checkpoint"):
+            load_rule(path)
+
+
+# ---- shipped rules and their cards ----
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -127,7 +127,7 @@ class CoordinatewiseLSTM(UpdateRule):
     def step_(self, gradient: Tensor, state: Tensor) -> Tensor:
         """See `UpdateRule.step_`; compiled where it can be."""
         library = fused_for(gradient)
-        if library and state.dtype == gradient.dtype and state.stride(1) == 1:
+        if library and state.dtype == gradient.dtype == self.readout.weight.dtype and state.stride(1) == 1:
             weights = [w.contiguous() for layer in self.layers() for w in layer]
             weights += [self.readout.weight.contiguous(), self.readout.bias]
             shape = self.hidden_size, self.num_layers, self._input_size
