@@ -132,7 +132,7 @@ class LearnedOptimizer(Optimizer):
             self._watch(loss, closure is not None)
         if self.handed_over:
             if self._usable([p.grad for p in group_of]):
-                self._fall_back(list(group_of))
+                self._fall_back()
             return loss
         self._lay_out(group_of)
         runs = [(s, first, last, self._gradient(s, first, last, group_of)) for s, first, last in self._runs(group_of)]
@@ -249,7 +249,7 @@ class LearnedOptimizer(Optimizer):
                 self.fallback_lr,
             )
 
-    def _fall_back(self, params: list[Tensor]) -> None:
+    def _fall_back(self) -> None:
         groups = []
         for group in self.param_groups:
             _decay([p for p in group["params"] if p.grad is not None], group)

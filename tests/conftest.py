@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from lightning_l2l.data import write_digits
+from optimizers import MAKERS
 
 
 def write_idx(path, values):
@@ -36,3 +37,9 @@ def mnist_root(tmp_path_factory):
     root = tmp_path_factory.mktemp("mnist")
     write_digits(root)
     return root
+
+
+@pytest.fixture(params=MAKERS, ids=lambda make: make.__name__)
+def make(request):
+    """Makes an optimizer of parameters and options: a LearnedOptimizer, whatever its rule, or Adam."""
+    return request.param

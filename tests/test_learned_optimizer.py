@@ -13,8 +13,8 @@ from lightning_l2l.rule_files import save_rule
 from lightning_l2l.rules import UpdateRule
 from lightning_l2l.tasks import MLP, NetworkTask
 from lightning_l2l.unroll import Unroll
+from optimizers import SHAPES, assert_same, feed, gradients, normal, parameters, values
 
-SHAPES = [(3, 4), (), (0,), (5,), (2, 17)]
 cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
 
 
@@ -45,37 +45,12 @@ def rule():
     return rule
 
 
-def normal(*shape, seed, dtype=torch.float32):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
-
-
-def parameters(dtype=torch.float32, shapes=SHAPES):
-    return [nn.Parameter(normal(*shape, seed=k, dtype=dtype)) for k, shape in enumerate(shapes)]
-
-
 def zeros(shapes=SHAPES):
     return [nn.Parameter(torch.zeros(shape)) for shape in shapes]
 
 
-def feed(optimizer, params, steps, seed=100, **given):
-    """Inner steps with gradients that are drawn by `seed`."""
-    for t in range(steps):
-        for k, p in enumerate(params):
-            p.grad = normal(*p.shape, seed=seed + 31 * t + k, dtype=p.dtype).to(p.device)
-        optimizer.step(**given)
-
-
-def values(params):
-    return [p.detach().clone() for p in params]
-
-
 def states(optimizer):
     return [state["rule_state"].clone() for state in optimizer.state.values()]
-
-
-def assert_same(found, wanted):
-    assert len(found) == len(wanted)
-    assert all(torch.equal(a, b) and a.dtype == b.dtype for a, b in zip(found, wanted, strict=True))
 
 
 # ---- the rule's updates ----
@@ -118,7 +93,7 @@ def test_updates_are_the_rules_own_in_float32_and_rounded_once(rule, dtype):
     wanted = [rule.init_state(p.numel()) for p in params]
     for t in range(4):
         before = values(params)
-        feed(optimizer, params, 1, seed=t)
+        feed(optimizer, params, gradients(params, 1, seed=t))
         for k, (p, start) in enumerate(zip(params, before, strict=True)):
             update = rule.step_(p.grad.float().flatten(), wanted[k]).view(p.shape)
             torch.testing.assert_close(p.detach(), (start + update).to(dtype), rtol=1e-6, atol=1e-7)
@@ -138,7 +113,7 @@ def test_the_state_has_the_rules_dtype_and_is_there_from_the_first_gradient_on(r
         params[0].grad = torch.ones_like(params[0])
         optimizer.step()
         assert list(optimizer.state) == params[:1]
-        feed(optimizer, params, 1)
+        feed(optimizer, params, gradients(params, 1))
         twin = LearnedOptimizer(params, rule_)
         twin.load_state_dict(copy.deepcopy(optimizer.state_dict()))
         for one in (optimizer, twin):
@@ -161,14 +136,14 @@ def test_all_parameters_go_through_the_rule_in_one_call():
     params = parameters()
     total = sum(p.numel() for p in params)
     optimizer = LearnedOptimizer([{"params": params[:2], "lr": 0.5}, {"params": params[2:]}], rule)
-    feed(optimizer, params, 2)
+    feed(optimizer, params, gradients(params, 2))
     assert rule.calls == [total, total]
     late = nn.Parameter(torch.zeros(7))
     optimizer.add_param_group({"params": [late]})
-    feed(optimizer, [*params, late], 1)
+    feed(optimizer, [*params, late], gradients([*params, late], 1))
     assert sorted(rule.calls[2:]) == [7, total]
     optimizer.load_state_dict(optimizer.state_dict())
-    feed(optimizer, [*params, late], 1)
+    feed(optimizer, [*params, late], gradients([*params, late], 1))
     assert rule.calls[4:] == [total + 7]
 
 
@@ -178,10 +153,10 @@ def test_the_rule_is_not_trained_and_two_optimizers_may_share_it(rule):
     optimizers = [LearnedOptimizer(first, rule), LearnedOptimizer(second, rule)]
     for t in range(3):
         for optimizer, params in zip(optimizers, (first, second), strict=True):
-            feed(optimizer, params, 1, seed=t)
+            feed(optimizer, params, gradients(params, 1, seed=t))
     alone = LearnedOptimizer(wanted, copy.deepcopy(rule))
     for t in range(3):
-        feed(alone, wanted, 1, seed=t)
+        feed(alone, wanted, gradients(wanted, 1, seed=t))
     assert_same(first, wanted)
     assert_same(second, wanted)
     assert_same(list(rule.state_dict().values()), list(before.values()))
@@ -191,8 +166,8 @@ def test_the_rule_is_not_trained_and_two_optimizers_may_share_it(rule):
 def test_the_rule_may_be_a_name_or_a_file(rule, tmp_path):
     save_rule(rule, tmp_path / "own.npz")
     found, wanted = parameters(), parameters()
-    feed(LearnedOptimizer(found, tmp_path / "own.npz"), found, 3)
-    feed(LearnedOptimizer(wanted, rule), wanted, 3)
+    feed(LearnedOptimizer(found, tmp_path / "own.npz"), found, gradients(found, 3))
+    feed(LearnedOptimizer(wanted, rule), wanted, gradients(wanted, 3))
     assert_same(found, wanted)
     assert LearnedOptimizer(found, "mnist").rule.hidden_size == 20
 
@@ -220,7 +195,7 @@ def test_lr_multiplies_the_update_and_does_nothing_to_the_state(rule, lr):
     for factor in (1.0, lr):
         params = zeros()
         optimizer = LearnedOptimizer(params, rule, lr=factor)
-        feed(optimizer, params, 1)
+        feed(optimizer, params, gradients(params, 1))
         moved.append(values(params))
         found.append(states(optimizer))
     assert_same(moved[1], [float(lr) * update for update in moved[0]])
@@ -237,10 +212,10 @@ def test_one_cycle_has_no_momentum_to_cycle(rule):
 @pytest.mark.parametrize("lr", [1.0, 0.5, torch.tensor(0.5)])
 def test_max_update_bounds_each_coordinate_before_lr_and_in_its_group_alone(rule, lr):
     free, bounded = zeros(), zeros()
-    feed(LearnedOptimizer(free, rule), free, 1)
+    feed(LearnedOptimizer(free, rule), free, gradients(free, 1))
     bound = 0.5 * free[4].detach().abs().median().item()
     groups = [{"params": bounded[:3]}, {"params": bounded[3:], "max_update": bound}]
-    feed(LearnedOptimizer(groups, rule, lr=lr), bounded, 1)
+    feed(LearnedOptimizer(groups, rule, lr=lr), bounded, gradients(bounded, 1))
     wanted = [lr * (p if k < 3 else p.clamp(-bound, bound)) for k, p in enumerate(values(free))]
     assert_same(values(bounded), wanted)
     assert (bounded[4].min(), bounded[4].max()) == (-float(lr) * bound, float(lr) * bound)
@@ -285,7 +260,7 @@ def of_embedding(p):
 def test_sparse_gradients_are_refused_before_anything_changes(rule, give):
     params = parameters(shapes=[(3,), (4, 2)])
     optimizer = LearnedOptimizer(params, rule)
-    feed(optimizer, params, 1)
+    feed(optimizer, params, gradients(params, 1))
     before, found = values(params), states(optimizer)
     params[1].grad = None
     give(params[1])
@@ -309,19 +284,19 @@ def test_complex_parameters_are_refused_once_they_have_a_gradient(rule):
 
 def test_a_loaded_state_is_a_copy_of_its_own(rule):
     params, straight, twins = parameters(), parameters(), parameters()
-    feed(LearnedOptimizer(straight, rule), straight, 3)
+    feed(LearnedOptimizer(straight, rule), straight, gradients(straight, 3))
     optimizer = LearnedOptimizer(params, rule)
-    feed(optimizer, params, 3)
+    feed(optimizer, params, gradients(params, 3))
     twin = LearnedOptimizer(twins, rule)
     twin.load_state_dict(optimizer.state_dict())  # of the living optimizer
     kept = states(optimizer)
-    feed(twin, twins, 2, seed=7)
+    feed(twin, twins, gradients(twins, 2, seed=7))
     assert_same(states(optimizer), kept)
     assert not any(torch.equal(a, b) for a, b in zip(states(twin), kept, strict=True) if a.numel())
     assert_same(params, straight)
     own = optimizer.state_dict()
     optimizer.load_state_dict(own)
-    feed(optimizer, params, 1)
+    feed(optimizer, params, gradients(params, 1))
     assert_same([own["state"][k]["rule_state"] for k in range(len(params))], kept)
 
 
@@ -329,11 +304,11 @@ def test_a_loaded_state_is_a_copy_of_its_own(rule):
 def test_the_state_of_another_rule_or_model_is_refused_and_nothing_changes(rule, what):
     params = parameters()
     optimizer = LearnedOptimizer(params, rule)
-    feed(optimizer, params, 1)
+    feed(optimizer, params, gradients(params, 1))
     before, found = values(params), states(optimizer)
     strangers = parameters() if what == "rule" else parameters(shapes=[(6,), *SHAPES[1:]])
     stranger = LearnedOptimizer(strangers, CoordinatewiseLSTM(hidden_size=3) if what == "rule" else rule, lr=0.5)
-    feed(stranger, strangers, 1)
+    feed(stranger, strangers, gradients(strangers, 1))
     message = {"rule": r"shape \[12, 12\] .* shape \[3, 4\], which takes \[16, 12\]", "model": r"\[16, 6\] .* \[3, 4\]"}
     with pytest.raises(ValueError, match=rf"{message[what]}.* saved with another rule or another model"):
         optimizer.load_state_dict(stranger.state_dict())
@@ -345,15 +320,15 @@ def test_the_state_of_another_rule_or_model_is_refused_and_nothing_changes(rule,
 def test_a_state_given_by_hand_is_used(rule):
     params, wanted = zeros([(3,), (2,)]), zeros([(3,), (2,)])
     optimizer, helper = LearnedOptimizer(params, rule), LearnedOptimizer(wanted, rule)
-    feed(optimizer, params, 3)
-    feed(helper, wanted, 3)
+    feed(optimizer, params, gradients(params, 3))
+    feed(helper, wanted, gradients(wanted, 3))
     optimizer.state[params[0]]["rule_state"] = torch.full((16, 3), 0.5)  # another tensor
     optimizer.state[params[1]]["rule_state"].fill_(0.25)  # in place
     helper.load_state_dict(
         {**helper.state_dict(), "state": {k: {"rule_state": torch.full((16, 3 - k), 0.5 / (1 + k))} for k in (0, 1)}}
     )
-    feed(optimizer, params, 2, seed=7)
-    feed(helper, wanted, 2, seed=7)
+    feed(optimizer, params, gradients(params, 2, seed=7))
+    feed(helper, wanted, gradients(wanted, 2, seed=7))
     assert_same(params, wanted)
 
 
@@ -369,10 +344,10 @@ def test_each_parameter_has_its_state_on_its_own_device(rule):
     for t in range(3):
         for p in others:
             p.grad = torch.ones_like(p)
-        feed(optimizer, params, 1, seed=t)
+        feed(optimizer, params, gradients(params, 1, seed=t))
     helper = LearnedOptimizer(wanted, rule)
     for t in range(3):
-        feed(helper, wanted, 1, seed=t)
+        feed(helper, wanted, gradients(wanted, 1, seed=t))
     assert_same(params, wanted)
     assert all(optimizer.state[p]["rule_state"].device == p.device for p in mixed)
     assert all(p.device.type == "cpu" for p in optimizer.rule.parameters())
@@ -385,7 +360,7 @@ def test_on_a_gpu_it_goes_where_it_goes_on_the_cpu(rule, devices):
     params = [nn.Parameter(p.detach().to(device)) for p, device in zip(wanted, devices, strict=True)]
     for run in (params, wanted):
         optimizer = LearnedOptimizer(run, rule, lr=0.5, weight_decay=0.125)
-        feed(optimizer, run, 5)
+        feed(optimizer, run, gradients(run, 5))
         assert all(optimizer.state[p]["rule_state"].device == p.device for p in run)
     torch.testing.assert_close([p.cpu() for p in params], wanted, rtol=1e-4, atol=1e-5)
 
@@ -395,8 +370,8 @@ def test_on_a_gpu_it_goes_where_it_goes_on_the_cpu(rule, devices):
 def test_in_the_middle_it_may_change_to_a_gpu(rule, way):
     params, wanted = parameters(), parameters()
     optimizer, helper = LearnedOptimizer(params, rule), LearnedOptimizer(wanted, rule)
-    feed(optimizer, params, 3)
-    feed(helper, wanted, 3)
+    feed(optimizer, params, gradients(params, 3))
+    feed(helper, wanted, gradients(wanted, 3))
     if way == "moved":
         for p in params:
             p.data = p.data.cuda()
@@ -404,7 +379,7 @@ def test_in_the_middle_it_may_change_to_a_gpu(rule, way):
         params, state = [nn.Parameter(p.detach().cuda()) for p in params], optimizer.state_dict()
         optimizer = LearnedOptimizer(params, rule)
         optimizer.load_state_dict(state)
-    feed(optimizer, params, 3, seed=7)
-    feed(helper, wanted, 3, seed=7)
+    feed(optimizer, params, gradients(params, 3, seed=7))
+    feed(helper, wanted, gradients(wanted, 3, seed=7))
     assert all(state.is_cuda for state in states(optimizer))
     torch.testing.assert_close([p.cpu() for p in params], wanted, rtol=1e-4, atol=1e-5)

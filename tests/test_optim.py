@@ -1,7 +1,7 @@
 """The contract of torch.optim: the same assertions hold for LearnedOptimizer, whatever its rule, and for Adam.
 
-Most tests feed gradients that are drawn beforehand, so that parameters do not influence each other. What is saved, and
-what PyTorch attaches to an optimizer, is in test_optim_tools.py; LearnedOptimizer's own in test_learned_optimizer.py.
+What is saved, and what PyTorch attaches to an optimizer, is in test_optim_tools.py; LearnedOptimizer's own in
+test_learned_optimizer.py.
 """
 
 import copy
@@ -11,79 +11,18 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from lightning_l2l import CoordinatewiseLSTM, LearnedOptimizer
-from lightning_l2l.rules import UpdateRule
 from lightning_l2l.rules.fused import fused_for
+from optimizers import assert_same, clones, feed, gradients, learned, normal, parameters, values
 
-SHAPES = [(3, 4), (), (0,), (5,), (1, 2, 17)]
 BOTH_WAYS = pytest.mark.parametrize("maximize", [False, True])
 
 
-class Momentum(UpdateRule):
-    """A rule without meta-parameters."""
-
-    state_size = 1
-
-    def forward(self, gradient, state):
-        velocity = 0.9 * state[0] + gradient
-        return -0.1 * velocity, velocity[None]
-
-
-def learned(params, **options):
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        return LearnedOptimizer(params, CoordinatewiseLSTM(hidden_size=4), **options)
-
-
-def own(params, **options):
-    return LearnedOptimizer(params, Momentum(), **options)
-
-
-def adam(params, **options):
-    return torch.optim.AdamW(params, **{"lr": 0.05, "weight_decay": 0.0, **options})  # AdamW: its decay is decoupled
-
-
-MAKERS = [learned, own, adam]
-
-
-@pytest.fixture(params=MAKERS, ids=lambda make: make.__name__)
-def make(request):
-    return request.param
-
-
-def normal(*shape, seed, dtype=torch.float32):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
-
-
-def parameters(dtype=torch.float32, shapes=SHAPES):
-    return [nn.Parameter(normal(*shape, seed=k, dtype=dtype)) for k, shape in enumerate(shapes)]
-
-
-def gradients(params, steps, seed=100):
-    return [
-        [normal(*p.shape, seed=seed + 31 * t + k, dtype=p.dtype) for k, p in enumerate(params)] for t in range(steps)
-    ]
-
-
-def feed(optimizer, params, gradients):
-    """Inner steps with given gradients, None for none."""
-    for step in gradients:
-        for p, gradient in zip(params, step, strict=True):
-            p.grad = None if gradient is None else gradient.clone()
-        optimizer.step()
-
-
-def alone(make, params, gradients, **options):
+def alone(make, params, given, **options):
     """Where each parameter goes by itself."""
-    found = [nn.Parameter(p.detach().clone()) for p in params]
+    found = clones(params)
     for k, p in enumerate(found):
-        feed(make([p], **options), [p], [[step[k]] for step in gradients])
+        feed(make([p], **options), [p], [[step[k]] for step in given])
     return found
-
-
-def assert_same(found, wanted, exact=True):
-    for a, b in zip(found, wanted, strict=True):
-        torch.testing.assert_close(a, b, rtol=0 if exact else 1e-6, atol=0 if exact else 1e-7)
 
 
 def exact(make):
@@ -97,10 +36,6 @@ def model_and_loss():
         model = nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 2))
     x = normal(7, 3, seed=2)
     return model, lambda: model(x).square().mean()
-
-
-def values(params):
-    return [p.detach().clone() for p in params]
 
 
 # ---- step ----
@@ -340,7 +275,7 @@ def test_with_an_lr_of_zero_parameters_stand_still_while_the_state_goes_on(make)
 def test_weight_decay_shrinks_the_parameters_before_the_update(make):
     params = parameters()
     given = gradients(params, 3)
-    wanted = [nn.Parameter(p.detach().clone()) for p in params]
+    wanted = clones(params)
     helper = make(wanted, lr=0.5)
     for step in given:
         with torch.no_grad():

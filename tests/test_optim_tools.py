@@ -4,114 +4,29 @@ As in test_optim.py the same assertions hold for LearnedOptimizer, whatever its 
 """
 
 import copy
-import io
-import pickle
 import warnings
 
 import pytest
 import torch
 from torch import nn
-from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 from torch.optim import lr_scheduler
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 from torch.optim.swa_utils import SWALR
 
-from lightning_l2l import CoordinatewiseLSTM, LearnedOptimizer
-from lightning_l2l.rules import UpdateRule
-
-SHAPES = [(3, 4), (), (0,), (5,), (1, 2, 17)]
-
-
-class Momentum(UpdateRule):
-    """A rule without meta-parameters."""
-
-    state_size = 1
-
-    def forward(self, gradient, state):
-        velocity = 0.9 * state[0] + gradient
-        return -0.1 * velocity, velocity[None]
-
-
-def learned(params, **options):
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        return LearnedOptimizer(params, CoordinatewiseLSTM(hidden_size=4), **options)
-
-
-def own(params, **options):
-    return LearnedOptimizer(params, Momentum(), **options)
-
-
-def adam(params, **options):
-    return torch.optim.AdamW(params, **{"lr": 0.05, "weight_decay": 0.0, **options})  # AdamW: its decay is decoupled
-
-
-@pytest.fixture(params=[learned, own, adam], ids=lambda make: make.__name__)
-def make(request):
-    return request.param
-
-
-def normal(*shape, seed, dtype=torch.float32):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
-
-
-def parameters(dtype=torch.float32, shapes=SHAPES):
-    return [nn.Parameter(normal(*shape, seed=k, dtype=dtype)) for k, shape in enumerate(shapes)]
-
-
-def gradients(params, steps, seed=100):
-    return [
-        [normal(*p.shape, seed=seed + 31 * t + k, dtype=p.dtype) for k, p in enumerate(params)] for t in range(steps)
-    ]
-
-
-def feed(optimizer, params, gradients):
-    """Inner steps with given gradients."""
-    for step in gradients:
-        for p, gradient in zip(params, step, strict=True):
-            p.grad = gradient.clone()
-        optimizer.step()
-
-
-def values(params):
-    return [p.detach().clone() for p in params]
-
-
-def clones(params):
-    return [nn.Parameter(p) for p in values(params)]
-
-
-def assert_same(found, wanted):
-    assert len(found) == len(wanted)
-    assert all(torch.equal(a, b) and a.dtype == b.dtype for a, b in zip(found, wanted, strict=True))
-
+from optimizers import (
+    SHAPES,
+    adam,
+    assert_same,
+    brought_back,
+    clones,
+    feed,
+    gradients,
+    parameters,
+    through_a_file,
+    values,
+)
 
 # ---- saved, copied, pickled ----
-
-
-def through_a_file(content):
-    file = io.BytesIO()
-    torch.save(content, file)
-    file.seek(0)
-    return torch.load(file, weights_only=True)
-
-
-def brought_back(way, make, params, optimizer):
-    """Parameters and optimizer once more, by another way each time."""
-    if way == "deepcopy":
-        return copy.deepcopy((params, optimizer))
-    if way == "pickle":
-        return pickle.loads(pickle.dumps((params, optimizer)))
-    twins = clones(params)
-    twin = make(twins)
-    if way == "distributed":
-        state = through_a_file(get_optimizer_state_dict(nn.ParameterList(params), optimizer))
-        set_optimizer_state_dict(nn.ParameterList(twins), twin, state)
-    else:
-        state = optimizer.state_dict()
-        twin.load_state_dict(through_a_file(state) if way == "file" else copy.deepcopy(state))
-    return twins, twin
-
 
 OPTIONS = {"plain": {}, "tensor-lr": {"lr": torch.tensor(0.5), "weight_decay": 0.25}, "maximize": {"maximize": True}}
 

@@ -1,11 +1,9 @@
 """When a run goes wrong: what counts as that, and what LearnedOptimizer does about it."""
 
 import copy
-import io
 import json
 import logging
 import math
-import pickle
 import subprocess
 import sys
 import textwrap
@@ -18,6 +16,7 @@ from torch.optim import AdamW
 
 from lightning_l2l import CoordinatewiseLSTM, LearnedOptimizer, safeguards
 from lightning_l2l.safeguards import new_record, over_ranks, runs_away
+from optimizers import assert_same, brought_back, clones, normal, parameters, values
 
 FALLBACK, DECAY = 2.0**-7, 2.0**-5  # powers of two: lr * decay is then the same number whichever way it is computed
 LOSSES = [1 / (1 + t) for t in range(25)] + [1.0] * 35
@@ -139,16 +138,9 @@ def rule():
     return CoordinatewiseLSTM(hidden_size=4)
 
 
-def parameters(dtype=torch.float32):
-    return [
-        nn.Parameter(torch.randn(shape, generator=torch.Generator().manual_seed(k)).to(dtype))
-        for k, shape in enumerate([(3, 4), (), (0,), (5,)])
-    ]
-
-
 def give(params, t):
     for k, p in enumerate(params):
-        p.grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(31 * t + k)).to(p.dtype)
+        p.grad = normal(*p.shape, seed=31 * t + k, dtype=p.dtype)
 
 
 def run(optimizer, params, first=0, last=None):
@@ -156,19 +148,6 @@ def run(optimizer, params, first=0, last=None):
     for t in range(len(LOSSES))[first:last]:
         give(params, t)
         optimizer.step(loss=LOSSES[t])
-
-
-def values(params):
-    return [p.detach().clone() for p in params]
-
-
-def clones(params):
-    return [nn.Parameter(p) for p in values(params)]
-
-
-def assert_same(found, wanted):
-    assert len(found) == len(wanted)
-    assert all(torch.equal(a, b) and a.dtype == b.dtype for a, b in zip(found, wanted, strict=True))
 
 
 OPTIONS = {
@@ -236,21 +215,14 @@ def test_each_group_keeps_its_lr_and_direction_and_may_be_without_gradients(rule
 @pytest.mark.parametrize("way", ["state-dict", "file", "deepcopy", "pickle"])
 @pytest.mark.parametrize("at", [5, TURN - 1, TURN + 1, TURN + 10])
 def test_it_can_be_brought_back_before_and_after(rule, at, way):
+    def make(params):
+        return LearnedOptimizer(params, rule, fallback_lr=FALLBACK)
+
     straight, params = parameters(torch.bfloat16), parameters(torch.bfloat16)
-    run(LearnedOptimizer(straight, rule, fallback_lr=FALLBACK), straight)
-    optimizer = LearnedOptimizer(params, rule, fallback_lr=FALLBACK)
+    run(make(straight), straight)
+    optimizer = make(params)
     run(optimizer, params, 0, at)
-    if way == "deepcopy":
-        twins, twin = copy.deepcopy((params, optimizer))
-    elif way == "pickle":
-        twins, twin = pickle.loads(pickle.dumps((params, optimizer)))
-    else:
-        state, file = optimizer.state_dict(), io.BytesIO()
-        torch.save(state, file)
-        file.seek(0)
-        twins = clones(params)
-        twin = LearnedOptimizer(twins, rule, fallback_lr=FALLBACK)
-        twin.load_state_dict(torch.load(file, weights_only=True) if way == "file" else copy.deepcopy(state))
+    twins, twin = brought_back(way, make, params, optimizer)
     assert twin.handed_over == optimizer.handed_over == (at > TURN)
     run(twin, twins, at)
     assert_same(twins, straight)

@@ -7,32 +7,11 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_l2l.rules import CoordinatewiseLSTM, UpdateRule
+from lightning_l2l.rules import CoordinatewiseLSTM
 from lightning_l2l.rules.base import AutogradUnroll, blocks
+from optimizers import LSTMS, LearnedMomentum
 
-
-class Momentum(UpdateRule):
-    """The smallest rule of one's own: heavy-ball momentum with learned coefficients."""
-
-    def __init__(self):
-        super().__init__()
-        self.log_lr, self.decay = nn.Parameter(torch.tensor(-3.0)), nn.Parameter(torch.tensor(0.5))
-
-    state_size = 1
-
-    def forward(self, gradient, state):
-        velocity = self.decay * state[0] + gradient
-        return -self.log_lr.exp() * velocity, velocity[None]
-
-
-RULES = {
-    "paper": lambda: CoordinatewiseLSTM(),
-    "raw": lambda: CoordinatewiseLSTM(preprocessing="identity", output_scale=1.0),
-    "one-layer": lambda: CoordinatewiseLSTM(hidden_size=3, num_layers=1, p=5.0),
-    "three-layers": lambda: CoordinatewiseLSTM(hidden_size=5, num_layers=3, output_scale=-0.3, forget_bias=1.0),
-    "one-unit": lambda: CoordinatewiseLSTM(hidden_size=1, num_layers=4),
-    "own": Momentum,
-}
+RULES = {**LSTMS, "own": LearnedMomentum}
 N, T = 37, 6
 
 

@@ -5,27 +5,13 @@ import math
 
 import pytest
 import torch
-from torch import nn
 
-from lightning_l2l.rules import CoordinatewiseLSTM, UpdateRule, fused
+from lightning_l2l.rules import UpdateRule, fused
 from lightning_l2l.rules import lstm as lstm_module
 from lightning_l2l.rules.base import CPU_BLOCK
+from optimizers import LSTMS, LearnedMomentum
 
 compiler = pytest.mark.skipif(fused.fused_for(torch.empty(0)) is None, reason="no C compiler here")
-
-
-class Momentum(UpdateRule):
-    """Heavy-ball momentum with learned coefficients."""
-
-    state_size = 1
-
-    def __init__(self):
-        super().__init__()
-        self.log_lr, self.decay = nn.Parameter(torch.tensor(-3.0)), nn.Parameter(torch.tensor(0.5))
-
-    def forward(self, gradient, state):
-        velocity = self.decay * state[0] + gradient
-        return -self.log_lr.exp() * velocity, velocity[None]
 
 
 class Swap(UpdateRule):
@@ -47,16 +33,11 @@ class Plain(UpdateRule):
 
 
 RULES = {
-    "paper": lambda: CoordinatewiseLSTM(),
-    "raw": lambda: CoordinatewiseLSTM(preprocessing="identity", output_scale=1.0),
-    "one-layer": lambda: CoordinatewiseLSTM(hidden_size=3, num_layers=1, p=5.0),
-    "three-layers": lambda: CoordinatewiseLSTM(hidden_size=5, num_layers=3, output_scale=-0.3, forget_bias=1.0),
-    "one-unit": lambda: CoordinatewiseLSTM(hidden_size=1, num_layers=4),
-    "momentum": Momentum,
+    **LSTMS,
+    "momentum": LearnedMomentum,
     "swap": Swap,
     "plain": Plain,
 }
-LSTMS = [name for name in RULES if isinstance(RULES[name](), CoordinatewiseLSTM)]
 SIZES = [0, 1, 7, 8, 15, 16, 17, 31, 32, 33, 300, CPU_BLOCK, CPU_BLOCK + 1, 3 * CPU_BLOCK + 5]
 
 
