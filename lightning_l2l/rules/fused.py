@@ -51,7 +51,8 @@ class FusedLSTM:
         scale: float,
     ) -> None:
         self.library, self.sizes, self.scale = library, sizes, scale
-        self.weights = [weight.detach().clone(memory_format=torch.contiguous_format) for part in (*layers, readout) for weight in part]
+        weights = [weight for part in (*layers, readout) for weight in part]
+        self.weights = [weight.detach().clone(memory_format=torch.contiguous_format) for weight in weights]
         self.pointers = (ctypes.c_void_p * len(self.weights))(*(weight.data_ptr() for weight in self.weights))
 
     def step_(self, x: Tensor, state: Tensor) -> Tensor:
