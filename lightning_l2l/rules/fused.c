@@ -193,45 +193,52 @@ void lstm_step(long n, long stride, long hidden, long layers, long features, con
   }
 }
 
-/* ---- The meta-gradient: forward again and backward, a tile after the other, nothing of it in main memory. ---- */
+/* ---- The meta-gradient: a tile goes through all inner steps again and back, before the next one is touched. ----
+ *
+ * So its activations stay in the second cache. The gradients of the weights are summed over a tile in float, over tiles in
+ * double. Rows of sums and of their gradients are ordered by unit, then gate (i, f, o, g). */
 
 typedef struct {
   float i[TILE], f[TILE], o[TILE], g[TILE], tau[TILE], cell_before[TILE];
 } Kept;
 
-static inline void kept_unit(const float *restrict sums, float *restrict cell, float *restrict hidden, Kept *kept, int v) {
-  const vec *s = (const vec *)(sums + v);
-  vec i = 1.0f / (1.0f + power_of_2(s[0])), f = 1.0f / (1.0f + power_of_2(s[WIDE]));
-  vec o = 1.0f / (1.0f + power_of_2(s[2 * WIDE])), g = 2.0f / (1.0f + power_of_2(s[3 * WIDE])) - 1.0f;
-  vec before = *(vec *)(cell + v), c = f * before + i * g;
-  vec tau = 2.0f / (1.0f + power_of_2(c * (-2.0f * LOG2_E))) - 1.0f;
-  *(vec *)(kept->i + v) = i;
-  *(vec *)(kept->f + v) = f;
-  *(vec *)(kept->o + v) = o;
-  *(vec *)(kept->g + v) = g;
-  *(vec *)(kept->tau + v) = tau;
-  *(vec *)(kept->cell_before + v) = before;
-  *(vec *)(cell + v) = c;
-  *(vec *)(hidden + v) = o * tau;
+static inline void kept_unit(const float *restrict sums, float *restrict cell, float *restrict hidden, Kept *kept) {
+  for (int v = 0; v < TILE; v += LANES) {
+    const vec *s = (const vec *)(sums + v);
+    vec i = 1.0f / (1.0f + power_of_2(s[0])), f = 1.0f / (1.0f + power_of_2(s[WIDE]));
+    vec o = 1.0f / (1.0f + power_of_2(s[2 * WIDE])), g = 2.0f / (1.0f + power_of_2(s[3 * WIDE])) - 1.0f;
+    vec before = *(vec *)(cell + v), c = f * before + i * g;
+    vec tau = 2.0f / (1.0f + power_of_2(c * (-2.0f * LOG2_E))) - 1.0f;
+    *(vec *)(kept->i + v) = i;
+    *(vec *)(kept->f + v) = f;
+    *(vec *)(kept->o + v) = o;
+    *(vec *)(kept->g + v) = g;
+    *(vec *)(kept->tau + v) = tau;
+    *(vec *)(kept->cell_before + v) = before;
+    *(vec *)(cell + v) = c;
+    *(vec *)(hidden + v) = o * tau;
+  }
 }
 
-/* d rows (i, f, o, g) of a unit, natural scale */
+/* d_hidden, d_cell -> gradients of the unit's four sums, and d_cell of the step before */
 static inline void unit_backward(const Kept *kept, const float *restrict d_hidden, float *restrict d_cell,
-                                 float *restrict d, int v) {
-  vec i = *(vec *)(kept->i + v), f = *(vec *)(kept->f + v), o = *(vec *)(kept->o + v), g = *(vec *)(kept->g + v);
-  vec tau = *(vec *)(kept->tau + v), dh = *(vec *)(d_hidden + v);
-  vec dc = *(vec *)(d_cell + v) + dh * o * (1.0f - tau * tau);
-  *(vec *)(d + v) = dc * g * i * (1.0f - i);
-  *(vec *)(d + TILE + v) = dc * *(vec *)(kept->cell_before + v) * f * (1.0f - f);
-  *(vec *)(d + 2 * TILE + v) = dh * tau * o * (1.0f - o);
-  *(vec *)(d + 3 * TILE + v) = dc * i * (1.0f - g * g);
-  *(vec *)(d_cell + v) = dc * f;
+                                 float *restrict d_sums) {
+  for (int v = 0; v < TILE; v += LANES) {
+    vec i = *(vec *)(kept->i + v), f = *(vec *)(kept->f + v), o = *(vec *)(kept->o + v), g = *(vec *)(kept->g + v);
+    vec tau = *(vec *)(kept->tau + v), d_h = *(vec *)(d_hidden + v);
+    vec d_c = *(vec *)(d_cell + v) + d_h * o * (1.0f - tau * tau);
+    *(vec *)(d_sums + v) = d_c * g * i * (1.0f - i);
+    *(vec *)(d_sums + TILE + v) = d_c * *(vec *)(kept->cell_before + v) * f * (1.0f - f);
+    *(vec *)(d_sums + 2 * TILE + v) = d_h * tau * o * (1.0f - o);
+    *(vec *)(d_sums + 3 * TILE + v) = d_c * i * (1.0f - g * g);
+    *(vec *)(d_cell + v) = d_c * f;
+  }
 }
 
 static long padded(long n, long to) { return (n + to - 1) / to * to; }
 
-/* total [rows, columns] += d [rows, TILE] x [TILE, columns]; rows a multiple of 4, columns of TILE */
-static void outer(long rows, long columns, const float *restrict d, const float *restrict x, float *restrict total) {
+/* total [rows, columns] += d [rows, TILE] x [TILE, columns]; rows are a multiple of 4, columns of TILE. */
+static void add_product(long rows, long columns, const float *restrict d, const float *restrict x, float *restrict total) {
   for (long r = 0; r < rows; r += 4)
     for (long c = 0; c < columns; c += TILE) {
       vec sum[4][WIDE];
@@ -253,142 +260,181 @@ static void transpose(const float *restrict rows, long n, long columns, float *r
     for (int t = 0; t < TILE; t++) to[t * columns + k] = rows[k * TILE + t];
 }
 
-static long below_of(long hidden, long features, long layer) { return layer ? hidden : features; }
+/* Sizes, and where a thread has what it needs for a tile; numbers of the arrays in brackets. */
+typedef struct {
+  long hidden, layers, features, steps, units;
+  float *x;        /* [steps, features, TILE] */
+  float *states;   /* [steps + 1, units, TILE], h before each step and after the last */
+  float *cells;    /* [units, TILE], on the way back their gradients */
+  Kept *kept;      /* [steps, units] */
+  float *sums;     /* [4 hidden, TILE], on the way back their gradients */
+  float *d_hidden; /* [units, TILE] */
+  float *d_inputs; /* [2 hidden padded to 4, TILE] */
+  float *turned;   /* [TILE, 2 hidden + 1 + features padded], what a layer reads, by coordinate */
+  float *totals;   /* a layer: [4 hidden, columns(layer)]; the readout: [hidden + 1, TILE] */
+  float *end;
+} Tile;
 
-/* floats of a layer's total */
-static long total_of(long hidden, long below) { return 4 * hidden * padded(below + hidden + 1, TILE); }
-static long back_of(long hidden, long layer) { return padded(layer ? 2 * hidden : hidden, 4) * 4 * hidden; }
+static long below(const Tile *t, long layer) { return layer ? t->hidden : t->features; }
+static long fan_in(const Tile *t, long layer) { return below(t, layer) + t->hidden + 1; }
+static long columns(const Tile *t, long layer) { return padded(fan_in(t, layer), TILE); }
 
-static long gradient_tile(long hidden, long layers, long features, long steps) {
-  long size = steps * features * TILE + (steps + 1) * layers * hidden * TILE; /* x, h */
-  size += layers * hidden * TILE;                                            /* cells, later their gradients */
-  size += steps * layers * hidden * (long)(sizeof(Kept) / sizeof(float));
-  size += 4 * hidden * TILE;                                                 /* sums, later d */
-  size += layers * padded(2 * hidden, 4) * TILE + padded(2 * hidden, 4) * TILE; /* d_hidden */
-  size += TILE * padded(2 * hidden + 1 + features, TILE);                     /* transposed */
-  for (long l = 0; l < layers; l++) size += total_of(hidden, below_of(hidden, features, l));
-  size += (hidden + 1) * TILE; /* readout's */
-  return padded(size, 16);
+/* Numbers of the weights that lead back from a layer's sums: to its own h, and in all but the lowest to the h below. */
+static long back_size(const Tile *t, long layer) {
+  return padded(layer ? 2 * t->hidden : t->hidden, 4) * 4 * t->hidden;
 }
 
+static Tile lay_out(long hidden, long layers, long features, long steps, float *at) {
+  Tile t = {hidden, layers, features, steps, layers * hidden};
+  t.x = at;
+  t.states = t.x + steps * features * TILE;
+  t.cells = t.states + (steps + 1) * t.units * TILE;
+  t.kept = (Kept *)(t.cells + t.units * TILE);
+  t.sums = (float *)(t.kept + steps * t.units);
+  t.d_hidden = t.sums + 4 * hidden * TILE;
+  t.d_inputs = t.d_hidden + t.units * TILE;
+  t.turned = t.d_inputs + padded(2 * hidden, 4) * TILE;
+  t.totals = t.turned + padded(2 * hidden + 1 + features, TILE) * TILE;
+  t.end = t.totals + (hidden + 1) * TILE;
+  for (long layer = 0; layer < layers; layer++) t.end += 4 * hidden * columns(&t, layer);
+  return t;
+}
+
+static void tile_forward(const Tile *t, const float *weights) {
+  for (long step = 0; step < t->steps; step++) {
+    const float *w = weights, *in = t->x + step * t->features * TILE;
+    for (long layer = 0; layer < t->layers; layer++) {
+      const float *own = t->states + (step * t->units + layer * t->hidden) * TILE;
+      float *next = (float *)own + t->units * TILE;
+      for (long j = 0; j < t->hidden; j++)
+        w = four_sums(w, w + 4, in, below(t, layer), own, t->hidden, t->sums + 4 * j * TILE);
+      for (long j = 0; j < t->hidden; j++) {
+        long unit = layer * t->hidden + j;
+        kept_unit(t->sums + 4 * j * TILE, t->cells + unit * TILE, next + j * TILE, t->kept + step * t->units + unit);
+      }
+      in = next;
+    }
+  }
+}
+
+/* The readout: its own gradients, and what it adds to the highest layer's d_hidden. */
+static void readout_backward(const Tile *t, long step, const float *readout, const float *cotangent, float *total) {
+  const float *top = t->states + ((step + 2) * t->units - t->hidden) * TILE;
+  float *d = t->d_hidden + (t->units - t->hidden) * TILE;
+  for (int v = 0; v < TILE; v += LANES) {
+    vec c = *(vec *)(cotangent + v);
+    for (long j = 0; j < t->hidden; j++) {
+      *(vec *)(total + j * TILE + v) += c * *(vec *)(top + j * TILE + v);
+      *(vec *)(d + j * TILE + v) += readout[1 + j] * c;
+    }
+    *(vec *)(total + t->hidden * TILE + v) += c;
+  }
+}
+
+static void layer_backward(const Tile *t, long step, long layer, const float *weights, float *total) {
+  long hidden = t->hidden, first = layer * hidden, width = columns(t, layer), from_below = below(t, layer);
+  float *d = t->d_hidden + first * TILE;
+  for (long j = 0; j < hidden; j++)
+    unit_backward(t->kept + step * t->units + first + j, d + j * TILE, t->cells + (first + j) * TILE, t->sums + 4 * j * TILE);
+
+  const float *own = t->states + (step * t->units + first) * TILE;
+  const float *in = layer ? own + (t->units - hidden) * TILE : t->x + step * t->features * TILE;
+  transpose(in, from_below, width, t->turned);
+  transpose(own, hidden, width, t->turned + from_below);
+  for (int k = 0; k < TILE; k++)
+    for (long c = from_below + hidden; c < width; c++) t->turned[k * width + c] = c == from_below + hidden;
+  add_product(4 * hidden, width, t->sums, t->turned, total);
+
+  long outputs = layer ? 2 * hidden : hidden;
+  for (long k = 0; k < outputs; k += 4)
+    weights = four_sums(0, weights, t->sums, 4 * hidden, 0, 0, t->d_inputs + k * TILE);
+  if (layer)
+    for (long k = 0; k < hidden * TILE; k++) d[k - hidden * TILE] += t->d_inputs[k];
+  memcpy(d, t->d_inputs + (outputs - hidden) * TILE, hidden * TILE * sizeof(float));
+}
+
+/* Weights for the way back, four columns of what a layer reads (below, own) at a time. */
+static float *pack_back(const Tile *t, const float *const *from, float *to) {
+  static const int torch_gate[4] = {0, 1, 3, 2};
+  for (long layer = 0; layer < t->layers; layer++, from += 2) {
+    long of_below = below(t, layer), first = layer ? 0 : of_below, last = of_below + t->hidden;
+    const float *input = *from++;
+    for (long c = first; c < last; c += 4)
+      for (long row = 0; row < 4 * t->hidden; row++)
+        for (long k = c; k < c + 4; k++) {
+          long r = torch_gate[row % 4] * t->hidden + row / 4;
+          *to++ = k < of_below ? input[r * of_below + k] : k < last ? from[0][r * t->hidden + k - of_below] : 0;
+        }
+  }
+  return to;
+}
+
+/* Numbers of gradients: a layer's [4 hidden, fan_in] (below, own, bias), the readout's [hidden + 1] (weight, bias). */
 long lstm_gradient_size(long hidden, long layers, long features) {
+  Tile t = {hidden, layers, features};
   long size = hidden + 1;
-  for (long l = 0; l < layers; l++) size += 4 * hidden * (below_of(hidden, features, l) + hidden + 1);
+  for (long layer = 0; layer < layers; layer++) size += 4 * hidden * fan_in(&t, layer);
   return size;
 }
 
-long lstm_gradient_scratch(long hidden, long layers, long features, long steps, long threads) {
-  long size = packed_size(hidden, layers, features);
-  for (long l = 0; l < layers; l++) size += back_of(hidden, l);
-  return padded(size, 16) + threads * gradient_tile(hidden, layers, features, steps);
+static long weights_size(const Tile *t) {
+  long size = packed_size(t->hidden, t->layers, t->features);
+  for (long layer = 0; layer < t->layers; layer++) size += back_size(t, layer);
+  return padded(size, 16);
 }
 
-/* x [steps, features, n]; state rows (h, c) [.., n] stride; cotangents [steps, n];
- * gradients [threads][lstm_gradient_size] double, zeroed: per layer rows (unit, gate i f o g) of (below, own, bias); readout (w, b) */
+/* Numbers of scratch that lstm_gradients needs with so many threads. */
+long lstm_gradient_scratch(long hidden, long layers, long features, long steps, long threads) {
+  Tile t = lay_out(hidden, layers, features, steps, 0);
+  return weights_size(&t) + threads * (t.end - t.x);
+}
+
+/* x [steps, features, n], cotangents [steps, n], gradients [threads, lstm_gradient_size] to be added to; else as lstm_step. */
 void lstm_gradients(long n, long stride, long hidden, long layers, long features, long steps, const float *const *from,
                     float scale, const float *restrict x, const float *restrict state, const float *restrict cotangents,
                     double *restrict gradients, long threads, float *restrict scratch) {
-  float *forward = scratch, *backward = scratch + packed_size(hidden, layers, features), *tiles = backward;
-  pack_weights(hidden, layers, features, from, scale, forward);
-  for (long l = 0; l < layers; l++) {
-    long below = below_of(hidden, features, l), skip = l ? 0 : below;
-    const float *ih = from[3 * l], *hh = from[3 * l + 1];
-    static const int torch_gate[4] = {0, 1, 3, 2};
-    for (long k = skip; k < skip + padded(below + hidden - skip, 4); k += 4)
-      for (long r = 0; r < 4 * hidden; r++)
-        for (int q = 0; q < 4; q++) {
-          long row = torch_gate[r % 4] * hidden + r / 4, c = k + q;
-          *tiles++ = c < below ? ih[row * below + c] : c < below + hidden ? hh[row * hidden + c - below] : 0;
-        }
-  }
-  const float *readout = forward + layers * 4 * hidden * (1 + 2 * hidden) - 4 * hidden * (hidden - features);
-  tiles = scratch + padded(tiles - scratch, 16);
-  long size = gradient_tile(hidden, layers, features, steps), count = (n + TILE - 1) / TILE, units = layers * hidden;
-  long gradient_size = lstm_gradient_size(hidden, layers, features);
+  Tile sizes = lay_out(hidden, layers, features, steps, 0);
+  float *back = scratch + packed_size(hidden, layers, features), *tiles = scratch + weights_size(&sizes);
+  pack_weights(hidden, layers, features, from, scale, scratch);
+  pack_back(&sizes, from, back);
+  const float *readout = scratch + layers * 4 * hidden * (1 + 2 * hidden) - 4 * hidden * (hidden - features);
+  long count = (n + TILE - 1) / TILE, size = lstm_gradient_size(hidden, layers, features);
 #pragma omp parallel for schedule(static) num_threads(threads) if (count > 1)
   for (long tile = 0; tile < count; tile++) {
-    float *xs = tiles + omp_get_thread_num() * size, *hs = xs + steps * features * TILE;
-    float *cells = hs + (steps + 1) * units * TILE;
-    Kept *kept = (Kept *)(cells + units * TILE);
-    float *sums = (float *)(kept + steps * units), *d_own = sums + 4 * hidden * TILE;
-    long width = padded(2 * hidden, 4) * TILE;
-    float *d_in = d_own + layers * width, *turned = d_in + width;
-    float *totals = turned + TILE * padded(2 * hidden + 1 + features, TILE);
     long at = tile * TILE, m = n - at < TILE ? n - at : TILE;
-    if (m < TILE) memset(xs, 0, size * sizeof(float));
-    memset(d_own, 0, layers * width * sizeof(float));
-    memset(totals, 0, (size - (totals - xs)) * sizeof(float));
-    for (long k = 0; k < units; k++) {
+    Tile t = lay_out(hidden, layers, features, steps, tiles + omp_get_thread_num() * (sizes.end - sizes.x));
+    if (m < TILE) memset(t.x, 0, (t.end - t.x) * sizeof(float));
+    for (long k = 0; k < t.units; k++) {
       const float *h = state + (k + k / hidden * hidden) * stride + at;
-      copy(hs + k * TILE, h, m);
-      copy(cells + k * TILE, h + hidden * stride, m);
+      copy(t.states + k * TILE, h, m);
+      copy(t.cells + k * TILE, h + hidden * stride, m);
     }
-    for (long s = 0; s < steps; s++) {
-      for (long k = 0; k < features; k++) copy(xs + (s * features + k) * TILE, x + (s * features + k) * n + at, m);
-      const float *w = forward, *in = xs + s * features * TILE;
-      for (long l = 0; l < layers; l++) {
-        const float *own = hs + (s * units + l * hidden) * TILE;
-        float *next = hs + ((s + 1) * units + l * hidden) * TILE;
-        for (long j = 0; j < hidden; j++) w = four_sums(w, w + 4, in, below_of(hidden, features, l), own, hidden, sums + 4 * j * TILE);
-        for (long j = 0; j < hidden; j++)
-          for (int v = 0; v < TILE; v += LANES)
-            kept_unit(sums + 4 * j * TILE, cells + (l * hidden + j) * TILE, next + j * TILE, kept + s * units + l * hidden + j, v);
-        in = next;
-      }
-    }
-    memset(cells, 0, units * TILE * sizeof(float)); /* from here on the gradients of the cells */
-    float *of_readout = totals;
-    for (long l = 0; l < layers; l++) of_readout += total_of(hidden, below_of(hidden, features, l));
-    for (long s = steps - 1; s >= 0; s--) {
+    for (long k = 0; k < steps * features; k++) copy(t.x + k * TILE, x + k * n + at, m);
+    tile_forward(&t, scratch);
+
+    memset(t.cells, 0, t.units * TILE * sizeof(float));
+    memset(t.d_hidden, 0, t.units * TILE * sizeof(float));
+    memset(t.totals, 0, (t.end - t.totals) * sizeof(float));
+    float *of_readout = t.end - (hidden + 1) * TILE;
+    for (long step = steps - 1; step >= 0; step--) {
       float cotangent[TILE] __attribute__((aligned(64))) = {0};
-      copy(cotangent, cotangents + s * n + at, m);
-      const float *top = hs + ((s + 1) * units + (layers - 1) * hidden) * TILE;
-      float *d = d_own + (layers - 1) * width;
-      for (int v = 0; v < WIDE; v++) {
-        vec c = ((vec *)cotangent)[v];
-        for (long j = 0; j < hidden; j++) {
-          ((vec *)(of_readout + j * TILE))[v] += c * ((vec *)(top + j * TILE))[v];
-          ((vec *)(d + j * TILE))[v] += readout[1 + j] * c;
-        }
-        ((vec *)(of_readout + hidden * TILE))[v] += c;
-      }
-      float *total = of_readout;
-      const float *w = backward;
-      for (long l = 0; l < layers - 1; l++) w += back_of(hidden, l);
-      for (long l = layers - 1; l >= 0; l--) {
-        long below = below_of(hidden, features, l), columns = padded(below + hidden + 1, TILE);
-        total -= 4 * hidden * columns;
-        d = d_own + l * width;
-        for (long j = 0; j < hidden; j++)
-          for (int v = 0; v < TILE; v += LANES)
-            unit_backward(kept + s * units + l * hidden + j, d + j * TILE, cells + (l * hidden + j) * TILE, sums + 4 * j * TILE, v);
-        const float *in = l ? hs + ((s + 1) * units + (l - 1) * hidden) * TILE : xs + s * features * TILE;
-        transpose(in, below, columns, turned);
-        transpose(hs + (s * units + l * hidden) * TILE, hidden, columns, turned + below);
-        for (int t = 0; t < TILE; t++) {
-          turned[t * columns + below + hidden] = 1;
-          for (long k = below + hidden + 1; k < columns; k++) turned[t * columns + k] = 0;
-        }
-        outer(4 * hidden, columns, sums, turned, total);
-        long outputs = l ? 2 * hidden : hidden;
-        const float *b = w;
-        for (long k = 0; k < outputs; k += 4) b = four_sums(0, b, sums, 4 * hidden, 0, 0, d_in + k * TILE);
-        if (l) {
-          float *lower = d_own + (l - 1) * width;
-          for (long k = 0; k < hidden * TILE; k++) lower[k] += d_in[k];
-          w -= back_of(hidden, l - 1);
-        }
-        memcpy(d, d_in + (l ? hidden : 0) * TILE, hidden * TILE * sizeof(float));
+      copy(cotangent, cotangents + step * n + at, m);
+      readout_backward(&t, step, readout, cotangent, of_readout);
+      float *total = of_readout, *weights = back;
+      for (long layer = 0; layer < layers; layer++) weights += back_size(&t, layer);
+      for (long layer = layers - 1; layer >= 0; layer--) {
+        total -= 4 * hidden * columns(&t, layer);
+        weights -= back_size(&t, layer);
+        layer_backward(&t, step, layer, weights, total);
       }
     }
-    double *to = gradients + omp_get_thread_num() * gradient_size;
-    float *total = totals;
-    for (long l = 0; l < layers; l++) {
-      long fan_in = below_of(hidden, features, l) + hidden + 1, columns = padded(fan_in, TILE);
-      for (long r = 0; r < 4 * hidden; r++, total += columns)
-        for (long k = 0; k < fan_in; k++) *to++ += total[k];
-    }
+
+    double *to = gradients + omp_get_thread_num() * size;
+    const float *total = t.totals;
+    for (long layer = 0; layer < layers; layer++)
+      for (long row = 0; row < 4 * hidden; row++, total += columns(&t, layer))
+        for (long k = 0; k < fan_in(&t, layer); k++) *to++ += total[k];
     for (long j = 0; j <= hidden; j++, to++)
-      for (int t = 0; t < TILE; t++) *to += scale * of_readout[j * TILE + t];
+      for (int k = 0; k < TILE; k++) *to += scale * of_readout[j * TILE + k];
   }
 }
