@@ -1,4 +1,4 @@
-/* The LSTM kernel's compiled parts: its pointwise part for meta-training, and a whole inner step for deployment.
+/* The LSTM kernel, compiled: an inner step, and the backward pass over a truncation.
  *
  * Compiled on first use by fused.py. NaN must come through, so nothing here may be built with -ffast-math. */
 
@@ -9,67 +9,7 @@
 #include <immintrin.h>
 #endif
 
-/* ---- A cell in one pass over memory; lstm_kernel.py explains the form and the symbols. ---- */
-
-/* 1 / (1 + e^y), where y = -x = whole log(2) + part, and e^part is its Taylor polynomial. */
-static inline float sigmoid(float x) {
-  float y = -x;
-  y = y > 87.0f ? 87.0f : y;
-  y = y < -87.0f ? -87.0f : y;
-  float whole = __builtin_rintf(1.44269504088896341f * y);
-  float part = (y - whole * 0.693359375f) - whole * -2.12194440e-4f; /* log(2) in two parts, the first exact */
-  float p = 1.0f / 720;
-  p = p * part + 1.0f / 120;
-  p = p * part + 1.0f / 24;
-  p = p * part + 1.0f / 6;
-  p = p * part + 0.5f;
-  p = p * part + 1.0f;
-  p = p * part + 1.0f;
-  union {
-    int32_t i;
-    float f;
-  } power;
-  power.i = ((int32_t)whole + 127) << 23;
-  return 1.0f / (1.0f + p * power.f);
-}
-
-#define PARALLEL _Pragma("omp parallel for simd schedule(static) if (n > 16384)")
-
-/* z [4, n], cell_before [n] -> kept (i, f, o, g, tau) [5, n], cell [n], hidden [n] */
-void cell_forward(long n, const float *restrict z, const float *restrict cell_before, float *restrict kept,
-                  float *restrict cell, float *restrict hidden) {
-  PARALLEL
-  for (long k = 0; k < n; k++) {
-    float i = sigmoid(z[k]), f = sigmoid(z[n + k]), o = sigmoid(z[2 * n + k]);
-    float g = 2.0f * sigmoid(z[3 * n + k]) - 1.0f;
-    float c = f * cell_before[k] + 2.0f * i * g;
-    float tau = 2.0f * sigmoid(c) - 1.0f;
-    kept[k] = i;
-    kept[n + k] = f;
-    kept[2 * n + k] = o;
-    kept[3 * n + k] = g;
-    kept[4 * n + k] = tau;
-    cell[k] = c;
-    hidden[k] = o * tau;
-  }
-}
-
-/* d_hidden [n], kept [5, n], cell_before [n] -> d (i, f, o, g, cell) [5, n]; d's last part is read as well */
-void cell_backward(long n, const float *restrict d_hidden, const float *restrict kept,
-                   const float *restrict cell_before, float *restrict d) {
-  PARALLEL
-  for (long k = 0; k < n; k++) {
-    float i = kept[k], f = kept[n + k], o = kept[2 * n + k], g = kept[3 * n + k], tau = kept[4 * n + k];
-    float d_cell = d[4 * n + k] + 0.5f * d_hidden[k] * o * (1.0f - tau * tau);
-    d[k] = d_cell * g * i * (1.0f - i);
-    d[n + k] = d_cell * cell_before[k] * f * (1.0f - f);
-    d[2 * n + k] = d_hidden[k] * tau * o * (1.0f - o);
-    d[3 * n + k] = d_cell * i * (1.0f - g * g);
-    d[4 * n + k] = d_cell * f;
-  }
-}
-
-/* ---- One inner step of the whole LSTM, the state changed in place: what a deployed rule does. ----
+/* ---- One inner step, the state changed in place. ----
  *
  * A tile of coordinates goes through all layers before the next one is touched, so that the state is read and written
  * once and all else stays in registers and the first cache. A gate's sum is never stored before it is complete. */
@@ -87,6 +27,14 @@ typedef int32_t ivec __attribute__((vector_size(4 * LANES)));
 typedef float unaligned __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 
 #define ALL(x) ((x) - (vec){0}) /* x in all lanes */
+
+/* In a register from here on: what is used four times is not to be loaded four times, for loads are what is scarce. */
+static inline vec in_register(vec x) {
+#ifdef __AVX__
+  __asm__("" : "+x"(x));
+#endif
+  return x;
+}
 
 /* x within -bound and bound; nan comes through, which decides the order of arguments. */
 static inline vec clamped(vec x, float bound) {
@@ -130,33 +78,35 @@ static inline void unit(const float *restrict sums, float *restrict cell, float 
   *(vec *)hidden = (1.0f - tau) / (o * (1.0f + tau));
 }
 
+/* Four rows of a product: sums[r] = start[r] + sum over k of weights[k][r] * row k, the rows first of `a` and then of `b`.
+ * Returns the end of the weights. */
+static inline const float *four_sums(const float *restrict start, const float *restrict weights, const float *restrict a,
+                                     long rows_of_a, const float *restrict b, long rows_of_b, float *restrict sums) {
+  vec sum[4][WIDE];
+  for (int r = 0; r < 4; r++)
+    for (int v = 0; v < WIDE; v++) sum[r][v] = ALL(start ? start[r] : 0.0f);
+  for (int part = 0; part < 2; part++) {
+    const float *rows = part ? b : a;
+    for (long k = part ? rows_of_b : rows_of_a; k > 0; k--, rows += TILE, weights += 4) {
+      vec x[WIDE];
+      for (int v = 0; v < WIDE; v++) x[v] = in_register(((vec *)rows)[v]);
+      for (int r = 0; r < 4; r++)
+        for (int v = 0; v < WIDE; v++) sum[r][v] += ALL(weights[r]) * x[v];
+    }
+  }
+  for (int r = 0; r < 4; r++)
+    for (int v = 0; v < WIDE; v++) ((vec *)sums)[r * WIDE + v] = sum[r][v];
+  return weights;
+}
+
 /* inputs: rows x, h of the lowest layer, h of the next, ...; a layer reads what is below and its own h, which are
  * adjacent, and writes its own h: the next layer's input. */
 static void tile_step(long hidden, long layers, long features, const float *restrict weights, float *restrict inputs,
                       float *restrict cells, float *restrict sums, float *restrict update) {
   for (long layer = 0; layer < layers; layer++) {
     long below = layer ? hidden : features;
-    for (long j = 0; j < hidden; j++) {
-      vec sum[4][WIDE];
-      for (int gate = 0; gate < 4; gate++)
-        for (int v = 0; v < WIDE; v++) sum[gate][v] = ALL(weights[gate]);
-      weights += 4;
-      for (long k = 0; k < below + hidden; k++, weights += 4) {
-        vec x[WIDE];
-        for (int v = 0; v < WIDE; v++) {
-          x[v] = ((vec *)(inputs + k * TILE))[v];
-#ifdef __AVX__
-          __asm__("" : "+x"(x[v])); /* keep it in a register: each is used four times, and loads are what is scarce */
-#endif
-        }
-        for (int gate = 0; gate < 4; gate++) {
-          vec weight = ALL(weights[gate]);
-          for (int v = 0; v < WIDE; v++) sum[gate][v] += weight * x[v];
-        }
-      }
-      for (int gate = 0; gate < 4; gate++)
-        for (int v = 0; v < WIDE; v++) ((vec *)(sums + (4 * j + gate) * TILE))[v] = sum[gate][v];
-    }
+    for (long j = 0; j < hidden; j++)
+      weights = four_sums(weights, weights + 4, inputs, below + hidden, 0, 0, sums + 4 * j * TILE);
     inputs += below * TILE;
     for (long j = 0; j < hidden; j++, cells += TILE)
       for (int v = 0; v < TILE; v += LANES) unit(sums + 4 * j * TILE + v, cells + v, inputs + j * TILE + v);
@@ -240,5 +190,251 @@ void lstm_step(long n, long stride, long hidden, long layers, long features, con
       copy(h + hidden * stride, cells + k * TILE, m);
     }
     copy(update + at, out, m);
+  }
+}
+
+/* ---- The meta-gradient: a tile goes through all inner steps again and back, before the next one is touched. ----
+ *
+ * So its activations stay in the second cache. The gradients of the weights are summed over a tile in float, over tiles in
+ * double. Rows of sums and of their gradients are ordered by unit, then gate (i, f, o, g). */
+
+typedef struct {
+  float i[TILE], f[TILE], o[TILE], g[TILE], tau[TILE], cell_before[TILE];
+} Kept;
+
+static inline void kept_unit(const float *restrict sums, float *restrict cell, float *restrict hidden, Kept *kept) {
+  for (int v = 0; v < TILE; v += LANES) {
+    const vec *s = (const vec *)(sums + v);
+    vec i = 1.0f / (1.0f + power_of_2(s[0])), f = 1.0f / (1.0f + power_of_2(s[WIDE]));
+    vec o = 1.0f / (1.0f + power_of_2(s[2 * WIDE])), g = 2.0f / (1.0f + power_of_2(s[3 * WIDE])) - 1.0f;
+    vec before = *(vec *)(cell + v), c = f * before + i * g;
+    vec tau = 2.0f / (1.0f + power_of_2(c * (-2.0f * LOG2_E))) - 1.0f;
+    *(vec *)(kept->i + v) = i;
+    *(vec *)(kept->f + v) = f;
+    *(vec *)(kept->o + v) = o;
+    *(vec *)(kept->g + v) = g;
+    *(vec *)(kept->tau + v) = tau;
+    *(vec *)(kept->cell_before + v) = before;
+    *(vec *)(cell + v) = c;
+    *(vec *)(hidden + v) = o * tau;
+  }
+}
+
+/* d_hidden, d_cell -> gradients of the unit's four sums, and d_cell of the step before */
+static inline void unit_backward(const Kept *kept, const float *restrict d_hidden, float *restrict d_cell,
+                                 float *restrict d_sums) {
+  for (int v = 0; v < TILE; v += LANES) {
+    vec i = *(vec *)(kept->i + v), f = *(vec *)(kept->f + v), o = *(vec *)(kept->o + v), g = *(vec *)(kept->g + v);
+    vec tau = *(vec *)(kept->tau + v), d_h = *(vec *)(d_hidden + v);
+    vec d_c = *(vec *)(d_cell + v) + d_h * o * (1.0f - tau * tau);
+    *(vec *)(d_sums + v) = d_c * g * i * (1.0f - i);
+    *(vec *)(d_sums + TILE + v) = d_c * *(vec *)(kept->cell_before + v) * f * (1.0f - f);
+    *(vec *)(d_sums + 2 * TILE + v) = d_h * tau * o * (1.0f - o);
+    *(vec *)(d_sums + 3 * TILE + v) = d_c * i * (1.0f - g * g);
+    *(vec *)(d_cell + v) = d_c * f;
+  }
+}
+
+static long padded(long n, long to) { return (n + to - 1) / to * to; }
+
+/* total [rows, columns] += d [rows, TILE] x [TILE, columns]; rows are a multiple of 4, columns of TILE. */
+static void add_product(long rows, long columns, const float *restrict d, const float *restrict x, float *restrict total) {
+  for (long r = 0; r < rows; r += 4)
+    for (long c = 0; c < columns; c += TILE) {
+      vec sum[4][WIDE];
+      for (int q = 0; q < 4; q++)
+        for (int v = 0; v < WIDE; v++) sum[q][v] = ((vec *)(total + (r + q) * columns + c))[v];
+      for (int t = 0; t < TILE; t++) {
+        vec in[WIDE];
+        for (int v = 0; v < WIDE; v++) in[v] = in_register(((vec *)(x + t * columns + c))[v]);
+        for (int q = 0; q < 4; q++)
+          for (int v = 0; v < WIDE; v++) sum[q][v] += ALL(d[(r + q) * TILE + t]) * in[v];
+      }
+      for (int q = 0; q < 4; q++)
+        for (int v = 0; v < WIDE; v++) ((vec *)(total + (r + q) * columns + c))[v] = sum[q][v];
+    }
+}
+
+static void transpose(const float *restrict rows, long n, long columns, float *restrict to) {
+  for (long k = 0; k < n; k++)
+    for (int t = 0; t < TILE; t++) to[t * columns + k] = rows[k * TILE + t];
+}
+
+/* Sizes, and where a thread has what it needs for a tile; numbers of the arrays in brackets. */
+typedef struct {
+  long hidden, layers, features, steps, units;
+  float *x;        /* [steps, features, TILE] */
+  float *states;   /* [steps + 1, units, TILE], h before each step and after the last */
+  float *cells;    /* [units, TILE], on the way back their gradients */
+  Kept *kept;      /* [steps, units] */
+  float *sums;     /* [4 hidden, TILE], on the way back their gradients */
+  float *d_hidden; /* [units, TILE] */
+  float *d_inputs; /* [2 hidden padded to 4, TILE] */
+  float *turned;   /* [TILE, 2 hidden + 1 + features padded], what a layer reads, by coordinate */
+  float *totals;   /* a layer: [4 hidden, columns(layer)]; the readout: [hidden + 1, TILE] */
+  float *end;
+} Tile;
+
+static long below(const Tile *t, long layer) { return layer ? t->hidden : t->features; }
+static long fan_in(const Tile *t, long layer) { return below(t, layer) + t->hidden + 1; }
+static long columns(const Tile *t, long layer) { return padded(fan_in(t, layer), TILE); }
+
+/* Numbers of the weights that lead back from a layer's sums: to its own h, and in all but the lowest to the h below. */
+static long back_size(const Tile *t, long layer) {
+  return padded(layer ? 2 * t->hidden : t->hidden, 4) * 4 * t->hidden;
+}
+
+static Tile lay_out(long hidden, long layers, long features, long steps, float *at) {
+  Tile t = {hidden, layers, features, steps, layers * hidden};
+  t.x = at;
+  t.states = t.x + steps * features * TILE;
+  t.cells = t.states + (steps + 1) * t.units * TILE;
+  t.kept = (Kept *)(t.cells + t.units * TILE);
+  t.sums = (float *)(t.kept + steps * t.units);
+  t.d_hidden = t.sums + 4 * hidden * TILE;
+  t.d_inputs = t.d_hidden + t.units * TILE;
+  t.turned = t.d_inputs + padded(2 * hidden, 4) * TILE;
+  t.totals = t.turned + padded(2 * hidden + 1 + features, TILE) * TILE;
+  t.end = t.totals + (hidden + 1) * TILE;
+  for (long layer = 0; layer < layers; layer++) t.end += 4 * hidden * columns(&t, layer);
+  return t;
+}
+
+static void tile_forward(const Tile *t, const float *weights) {
+  for (long step = 0; step < t->steps; step++) {
+    const float *w = weights, *in = t->x + step * t->features * TILE;
+    for (long layer = 0; layer < t->layers; layer++) {
+      const float *own = t->states + (step * t->units + layer * t->hidden) * TILE;
+      float *next = (float *)own + t->units * TILE;
+      for (long j = 0; j < t->hidden; j++)
+        w = four_sums(w, w + 4, in, below(t, layer), own, t->hidden, t->sums + 4 * j * TILE);
+      for (long j = 0; j < t->hidden; j++) {
+        long unit = layer * t->hidden + j;
+        kept_unit(t->sums + 4 * j * TILE, t->cells + unit * TILE, next + j * TILE, t->kept + step * t->units + unit);
+      }
+      in = next;
+    }
+  }
+}
+
+/* The readout: its own gradients, and what it adds to the highest layer's d_hidden. */
+static void readout_backward(const Tile *t, long step, const float *readout, const float *cotangent, float *total) {
+  const float *top = t->states + ((step + 2) * t->units - t->hidden) * TILE;
+  float *d = t->d_hidden + (t->units - t->hidden) * TILE;
+  for (int v = 0; v < TILE; v += LANES) {
+    vec c = *(vec *)(cotangent + v);
+    for (long j = 0; j < t->hidden; j++) {
+      *(vec *)(total + j * TILE + v) += c * *(vec *)(top + j * TILE + v);
+      *(vec *)(d + j * TILE + v) += readout[1 + j] * c;
+    }
+    *(vec *)(total + t->hidden * TILE + v) += c;
+  }
+}
+
+static void layer_backward(const Tile *t, long step, long layer, const float *weights, float *total) {
+  long hidden = t->hidden, first = layer * hidden, width = columns(t, layer), from_below = below(t, layer);
+  float *d = t->d_hidden + first * TILE;
+  for (long j = 0; j < hidden; j++)
+    unit_backward(t->kept + step * t->units + first + j, d + j * TILE, t->cells + (first + j) * TILE, t->sums + 4 * j * TILE);
+
+  const float *own = t->states + (step * t->units + first) * TILE;
+  const float *in = layer ? own + (t->units - hidden) * TILE : t->x + step * t->features * TILE;
+  transpose(in, from_below, width, t->turned);
+  transpose(own, hidden, width, t->turned + from_below);
+  for (int k = 0; k < TILE; k++)
+    for (long c = from_below + hidden; c < width; c++) t->turned[k * width + c] = c == from_below + hidden;
+  add_product(4 * hidden, width, t->sums, t->turned, total);
+
+  long outputs = layer ? 2 * hidden : hidden;
+  for (long k = 0; k < outputs; k += 4)
+    weights = four_sums(0, weights, t->sums, 4 * hidden, 0, 0, t->d_inputs + k * TILE);
+  if (layer)
+    for (long k = 0; k < hidden * TILE; k++) d[k - hidden * TILE] += t->d_inputs[k];
+  memcpy(d, t->d_inputs + (outputs - hidden) * TILE, hidden * TILE * sizeof(float));
+}
+
+/* Weights for the way back, four columns of what a layer reads (below, own) at a time. */
+static float *pack_back(const Tile *t, const float *const *from, float *to) {
+  static const int torch_gate[4] = {0, 1, 3, 2};
+  for (long layer = 0; layer < t->layers; layer++, from += 2) {
+    long of_below = below(t, layer), first = layer ? 0 : of_below, last = of_below + t->hidden;
+    const float *input = *from++;
+    for (long c = first; c < last; c += 4)
+      for (long row = 0; row < 4 * t->hidden; row++)
+        for (long k = c; k < c + 4; k++) {
+          long r = torch_gate[row % 4] * t->hidden + row / 4;
+          *to++ = k < of_below ? input[r * of_below + k] : k < last ? from[0][r * t->hidden + k - of_below] : 0;
+        }
+  }
+  return to;
+}
+
+/* Numbers of gradients: a layer's [4 hidden, fan_in] (below, own, bias), the readout's [hidden + 1] (weight, bias). */
+long lstm_gradient_size(long hidden, long layers, long features) {
+  Tile t = {hidden, layers, features};
+  long size = hidden + 1;
+  for (long layer = 0; layer < layers; layer++) size += 4 * hidden * fan_in(&t, layer);
+  return size;
+}
+
+static long weights_size(const Tile *t) {
+  long size = packed_size(t->hidden, t->layers, t->features);
+  for (long layer = 0; layer < t->layers; layer++) size += back_size(t, layer);
+  return padded(size, 16);
+}
+
+/* Numbers of scratch that lstm_gradients needs with so many threads. */
+long lstm_gradient_scratch(long hidden, long layers, long features, long steps, long threads) {
+  Tile t = lay_out(hidden, layers, features, steps, 0);
+  return weights_size(&t) + threads * (t.end - t.x);
+}
+
+/* x [steps, features, n], cotangents [steps, n], gradients [threads, lstm_gradient_size] to be added to; else as lstm_step. */
+void lstm_gradients(long n, long stride, long hidden, long layers, long features, long steps, const float *const *from,
+                    float scale, const float *restrict x, const float *restrict state, const float *restrict cotangents,
+                    double *restrict gradients, long threads, float *restrict scratch) {
+  Tile sizes = lay_out(hidden, layers, features, steps, 0);
+  float *back = scratch + packed_size(hidden, layers, features), *tiles = scratch + weights_size(&sizes);
+  pack_weights(hidden, layers, features, from, scale, scratch);
+  pack_back(&sizes, from, back);
+  const float *readout = scratch + layers * 4 * hidden * (1 + 2 * hidden) - 4 * hidden * (hidden - features);
+  long count = (n + TILE - 1) / TILE, size = lstm_gradient_size(hidden, layers, features);
+#pragma omp parallel for schedule(static) num_threads(threads) if (count > 1)
+  for (long tile = 0; tile < count; tile++) {
+    long at = tile * TILE, m = n - at < TILE ? n - at : TILE;
+    Tile t = lay_out(hidden, layers, features, steps, tiles + omp_get_thread_num() * (sizes.end - sizes.x));
+    if (m < TILE) memset(t.x, 0, (t.end - t.x) * sizeof(float));
+    for (long k = 0; k < t.units; k++) {
+      const float *h = state + (k + k / hidden * hidden) * stride + at;
+      copy(t.states + k * TILE, h, m);
+      copy(t.cells + k * TILE, h + hidden * stride, m);
+    }
+    for (long k = 0; k < steps * features; k++) copy(t.x + k * TILE, x + k * n + at, m);
+    tile_forward(&t, scratch);
+
+    memset(t.cells, 0, t.units * TILE * sizeof(float));
+    memset(t.d_hidden, 0, t.units * TILE * sizeof(float));
+    memset(t.totals, 0, (t.end - t.totals) * sizeof(float));
+    float *of_readout = t.end - (hidden + 1) * TILE;
+    for (long step = steps - 1; step >= 0; step--) {
+      float cotangent[TILE] __attribute__((aligned(64))) = {0};
+      copy(cotangent, cotangents + step * n + at, m);
+      readout_backward(&t, step, readout, cotangent, of_readout);
+      float *total = of_readout, *weights = back;
+      for (long layer = 0; layer < layers; layer++) weights += back_size(&t, layer);
+      for (long layer = layers - 1; layer >= 0; layer--) {
+        total -= 4 * hidden * columns(&t, layer);
+        weights -= back_size(&t, layer);
+        layer_backward(&t, step, layer, weights, total);
+      }
+    }
+
+    double *to = gradients + omp_get_thread_num() * size;
+    const float *total = t.totals;
+    for (long layer = 0; layer < layers; layer++)
+      for (long row = 0; row < 4 * hidden; row++, total += columns(&t, layer))
+        for (long k = 0; k < fan_in(&t, layer); k++) *to++ += total[k];
+    for (long j = 0; j <= hidden; j++, to++)
+      for (int k = 0; k < TILE; k++) *to += scale * of_readout[j * TILE + k];
   }
 }

@@ -1,9 +1,8 @@
-"""The compiled parts of the LSTM kernel, where there is a C compiler; nothing depends on them.
+"""The LSTM kernel, compiled, where there is a C compiler; nothing depends on it.
 
-The source is `fused.c`; it is compiled once for a machine, in about a second, into the user's cache folder. It has the
-pointwise part of a cell, in place of some ten operator calls of torch, and a whole inner step without meta-training.
-Without a compiler, on another device or in another dtype torch's operators do the same. LIGHTNING_L2L_FUSED=0 in the
-environment turns it off.
+The source is `fused.c`; it is compiled once for a machine, in about two seconds, into the user's cache folder.
+Without a compiler, on another device or in another dtype torch's operators do the same (lstm_kernel.py).
+LIGHTNING_L2L_FUSED=0 in the environment turns it off.
 """
 
 from __future__ import annotations
@@ -15,6 +14,7 @@ import platform
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -31,28 +31,76 @@ def fused_for(like: Tensor) -> Any:
     return _library() if like.is_cpu and like.dtype == torch.float32 else None
 
 
-def lstm_step(
-    library: Any, shape: tuple[int, int, int], weights: list[Tensor], scale: float, x: Tensor, state: Tensor
-) -> Tensor:
-    """One inner step of an LSTM, its state changed in place.
+class FusedLSTM:
+    """An LSTM rule, with the weights that it has when this is made.
 
     Args:
         library: What `fused_for` gave.
-        shape: Hidden units, layers, features.
-        weights: weight_ih, weight_hh and bias of each layer, weight and bias of the readout; contiguous.
+        sizes: Hidden units H, layers, features.
+        layers: For each layer, lowest first, (weight_ih `[4 H, in]`, weight_hh `[4 H, H]`, bias `[4 H]`).
+        readout: Weight `[1, H]` and bias `[1]`.
         scale: Factor on the readout.
-        x: Features `[features, num_coordinates]`, contiguous.
-        state: `[2 * hidden * layers, num_coordinates]`, rows (h, c) a layer; only columns must be adjacent.
-
-    Returns:
-        The update `[num_coordinates]`.
     """
-    threads, update = torch.get_num_threads(), x.new_empty(x.shape[1])
-    scratch = x.new_empty(library.lstm_scratch(*shape, threads))
-    pointers = (ctypes.c_void_p * len(weights))(*(weight.data_ptr() for weight in weights))
-    where = (pointers, scale, x.data_ptr(), state.data_ptr(), update.data_ptr(), threads, scratch.data_ptr())
-    library.lstm_step(x.shape[1], state.stride(0), *shape, *where)
-    return update
+
+    def __init__(
+        self,
+        library: Any,
+        sizes: tuple[int, int, int],
+        layers: Sequence[tuple[Tensor, ...]],
+        readout: tuple[Tensor, Tensor],
+        scale: float,
+    ) -> None:
+        self.library, self.sizes, self.scale = library, sizes, scale
+        weights = [weight for part in (*layers, readout) for weight in part]
+        self.weights = [weight.detach().clone(memory_format=torch.contiguous_format) for weight in weights]
+        self.pointers = (ctypes.c_void_p * len(self.weights))(*(weight.data_ptr() for weight in self.weights))
+
+    def step_(self, x: Tensor, state: Tensor) -> Tensor:
+        """One inner step, the state changed in place.
+
+        Args:
+            x: Features `[features, num_coordinates]`, contiguous.
+            state: `[2 * H * layers, num_coordinates]`, rows (h, c) a layer; only columns must be adjacent.
+
+        Returns:
+            The update `[num_coordinates]`.
+        """
+        threads, update = torch.get_num_threads(), x.new_empty(x.shape[1])
+        scratch = x.new_empty(self.library.lstm_scratch(*self.sizes, threads))
+        where = (x.data_ptr(), state.data_ptr(), update.data_ptr(), threads, scratch.data_ptr())
+        self.library.lstm_step(x.shape[1], state.stride(0), *self.sizes, self.pointers, self.scale, *where)
+        return update
+
+    def gradients(self, x: Tensor, state: Tensor, cotangents: Tensor) -> list[Tensor]:
+        """Gradient of sum(cotangents * updates) over a truncation, the features counted as constants.
+
+        Args:
+            x: Features of all inner steps, `[num_steps, features, num_coordinates]`, contiguous.
+            state: Before the first of them, as in `step_`.
+            cotangents: `[num_steps, num_coordinates]`, contiguous.
+
+        Returns:
+            In the order of `layers` and `readout`.
+        """
+        (num_steps, size), threads = cotangents.shape, torch.get_num_threads()
+        scratch = x.new_empty(self.library.lstm_gradient_scratch(*self.sizes, num_steps, threads))
+        parts = x.new_zeros(threads, self.library.lstm_gradient_size(*self.sizes), dtype=torch.float64)
+        where = (x.data_ptr(), state.data_ptr(), cotangents.data_ptr(), parts.data_ptr(), threads, scratch.data_ptr())
+        arguments = (size, state.stride(0), *self.sizes, num_steps, self.pointers, self.scale, *where)
+        self.library.lstm_gradients(*arguments)
+        return self._unpack(parts.sum(0).to(x.dtype))
+
+    def _unpack(self, total: Tensor) -> list[Tensor]:
+        """From a row for each unit and gate (i, f, o, g), of what is below, the unit's own layer and the bias."""
+        hidden, num_layers, features = self.sizes
+        found: list[Tensor] = []
+        for layer in range(num_layers):
+            below = hidden if layer else features
+            own, total = total.tensor_split([4 * hidden * (below + hidden + 1)])
+            i, f, o, g = own.view(hidden, 4, -1).unbind(1)
+            found += torch.cat([i, f, g, o]).tensor_split([below, below + hidden], 1)
+            found[-1] = found[-1][:, 0]
+        return [*found, total[None, :hidden], total[hidden:]]
 
 
 @cache
@@ -62,12 +110,13 @@ def _library() -> Any:
     try:
         library = ctypes.CDLL(str(_compiled()))
         # Bound to torch's own OpenMP, already loaded, so that its number of threads holds here too.
-        pointer, size = ctypes.c_void_p, ctypes.c_long
-        library.cell_forward.argtypes = [size, *[pointer] * 5]
-        library.cell_backward.argtypes = [size, *[pointer] * 4]
-        library.lstm_step.argtypes = [*[size] * 5, pointer, ctypes.c_float, *[pointer] * 3, size, pointer]
-        library.lstm_scratch.argtypes, library.lstm_scratch.restype = [size] * 4, size
-        library.cell_forward.restype = library.cell_backward.restype = library.lstm_step.restype = None
+        pointer, size, scale = ctypes.c_void_p, ctypes.c_long, ctypes.c_float
+        library.lstm_step.argtypes = [*[size] * 5, pointer, scale, *[pointer] * 3, size, pointer]
+        library.lstm_gradients.argtypes = [*[size] * 6, pointer, scale, *[pointer] * 4, size, pointer]
+        library.lstm_step.restype = library.lstm_gradients.restype = None
+        for name, arguments in (("lstm_scratch", 4), ("lstm_gradient_scratch", 5), ("lstm_gradient_size", 3)):
+            function = getattr(library, name)
+            function.argtypes, function.restype = [size] * arguments, size
         return library
     except (OSError, subprocess.SubprocessError, AttributeError):
         return None

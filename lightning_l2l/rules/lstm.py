@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from lightning_l2l.rules.base import Memory, RuleUnroll, UpdateRule, block_size, blocks
-from lightning_l2l.rules.fused import fused_for, lstm_step
+from lightning_l2l.rules.fused import FusedLSTM, fused_for
 from lightning_l2l.rules.lstm_kernel import Block, LSTMShape, Scratch, pack, step_in_place, unpack_gradients
 from lightning_l2l.rules.preprocessing import PREPROCESSING
 
@@ -123,15 +123,20 @@ class CoordinatewiseLSTM(UpdateRule):
         update = functional.linear(x.t(), self.readout.weight, self.readout.bias)[:, 0]
         return self.output_scale * update, torch.cat(after)
 
+    def fused(self) -> FusedLSTM | None:
+        """The compiled kernel with the weights as they are now, where it is to be had for them."""
+        library = fused_for(self.readout.weight)
+        if not library:
+            return None
+        sizes, readout = (self.hidden_size, self.num_layers, self._input_size), (self.readout.weight, self.readout.bias)
+        return FusedLSTM(library, sizes, self.layers(), readout, self.output_scale)
+
     @torch.no_grad()
     def step_(self, gradient: Tensor, state: Tensor) -> Tensor:
         """See `UpdateRule.step_`; compiled where it can be."""
-        library = fused_for(gradient)
-        if library and state.dtype == gradient.dtype == self.readout.weight.dtype and state.stride(1) == 1:
-            weights = [w.contiguous() for layer in self.layers() for w in layer]
-            weights += [self.readout.weight.contiguous(), self.readout.bias]
-            shape = self.hidden_size, self.num_layers, self._input_size
-            return lstm_step(library, shape, weights, self.output_scale, self.preprocess(gradient).contiguous(), state)
+        fused = self.fused()
+        if fused and state.dtype == gradient.dtype == torch.float32 and gradient.is_cpu and state.stride(1) == 1:
+            return fused.step_(self.preprocess(gradient).contiguous(), state)
         packed = pack(self.shape, self.layers(), (self.readout.weight, self.readout.bias), self.output_scale)
         update = torch.empty_like(gradient)
         for part in blocks(len(gradient), block_size(gradient)):
@@ -147,11 +152,54 @@ class CoordinatewiseLSTM(UpdateRule):
         budget: int = 2**30,
         block: int | None = None,
     ) -> RuleUnroll:
-        """See `UpdateRule.unroller`; the backward pass is written by hand."""
+        """See `UpdateRule.unroller`; the backward pass is written by hand.
+
+        Compiled it computes activations again tile by tile in the cache, whatever `memory` says: that is no slower
+        than to keep them.
+        """
+        if fused_for(self.readout.weight):
+            return _FusedUnroll(self, num_coordinates, num_steps)
         if memory == "auto":
             kept = num_coordinates * num_steps * self.shape.floats_per_step() * self.readout.weight.element_size()
             memory = "fast" if kept <= budget else "flat"
         return _LSTMUnroll(self, num_coordinates, num_steps, flat=memory == "flat", block=block)
+
+
+class _FusedUnroll(RuleUnroll):
+    """The compiled kernel: what is kept of an inner step is the features alone."""
+
+    def __init__(self, rule: CoordinatewiseLSTM, num_coordinates: int, num_steps: int) -> None:
+        like = rule.readout.weight.detach()
+        self.rule, self.num_steps = rule, num_steps
+        self.features = like.new_empty(num_steps, rule.shape.input_size, num_coordinates)
+        self.first = like.new_empty(rule.state_size, num_coordinates)
+        self.state = torch.empty_like(self.first)
+
+    def begin(self, state: Tensor) -> None:
+        self.fused = self.rule.fused()
+        self.first.copy_(state)
+        self.state.copy_(state)
+        self.count = 0
+
+    @torch.no_grad()
+    def step(self, gradient: Tensor) -> Tensor:
+        assert self.fused is not None
+        self.features[self.count] = self.rule.preprocess(gradient)
+        self.count += 1
+        return self.fused.step_(self.features[self.count - 1], self.state)
+
+    def finish(self, state: Tensor) -> None:
+        state.copy_(self.state)
+
+    def gradients(self, cotangents: Tensor) -> list[Tensor]:
+        assert self.fused is not None
+        _check_count(self.count, self.num_steps)
+        return self.fused.gradients(self.features, self.first, cotangents.contiguous())
+
+
+def _check_count(count: int, num_steps: int) -> None:
+    if count != num_steps:
+        raise RuntimeError(f"{count} of {num_steps} inner steps were made; make all before gradients()")
 
 
 class _LSTMUnroll(RuleUnroll):
@@ -226,8 +274,7 @@ class _LSTMUnroll(RuleUnroll):
 
     @torch.no_grad()
     def gradients(self, cotangents: Tensor) -> list[Tensor]:
-        if self.count != self.num_steps:
-            raise RuntimeError(f"{self.count} of {self.num_steps} inner steps were made; make all before gradients()")
+        _check_count(self.count, self.num_steps)
         total = self.shape.zero_gradients(self.like)
         for index, part in enumerate(self.parts):
             if self.flat:

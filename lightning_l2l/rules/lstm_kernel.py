@@ -14,8 +14,8 @@ LSTM is written in the form that costs least, features by rows and coordinates b
 * Backwards a wave needs the wave after it and nothing else, so all layers of a wave share each pointwise call.
   The gradients of all weights of a layer, bias and readout included, are one product.
 
-Blocks of coordinates are independent of each other, so each is walked through with its buffers in the cache. Where
-there is a C compiler, the pointwise calls of a cell are one call of `fused`, with the same results up to rounding.
+Blocks of coordinates are independent of each other, so each is walked through with its buffers in the cache. On a CPU
+with a C compiler `fused` does all of this in its own way, with the same results up to rounding.
 """
 
 from __future__ import annotations
@@ -25,8 +25,6 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-
-from lightning_l2l.rules.fused import fused_for
 
 _sigmoid_backward = torch.ops.aten.sigmoid_backward.grad_input
 _tanh_backward = torch.ops.aten.tanh_backward.grad_input
@@ -159,7 +157,6 @@ class Scratch:
         rows = like.new_empty(layers, 1 + 5 * h, size)
         self.d_readout, self.d_top = rows[-1, :1], rows[-1, : 1 + 4 * h]
         self.d_layers = list(rows[:, 1 : 1 + 4 * h].unbind())
-        self.d_parts = list(rows[:, 1:].unbind())
         parts = torch.unflatten(rows[:, 1:], 1, (5, h))
         self.d_i, self.d_f, self.d_o, self.d_g, self.d_carry = parts.unbind(1)
         self.d_sigmoids, self.d_g_carry = parts[:, :3], parts[:, 3:]
@@ -225,23 +222,8 @@ class Block:
         ]
         self.cells = [[cells[s + layer, layer] for layer in range(layers)] for s in range(num_steps + 1)]
         self.readout = [inputs[s + layers, : h + 1] for s in range(num_steps)]
-        self._buffers = inputs, gates, cells  # the fused calls hold addresses in them
-        self.fused = fused_for(like)
         self.steps = [[self._cell(inputs, gates, s, layer) for layer in range(layers)] for s in range(num_steps)]
         self.waves = [self._wave(inputs[k], kept, cells[k]) for k, kept in enumerate(gates)]
-        if self.fused:
-            n = h * size
-            self._forward_calls = [
-                [(n, *_addresses(scratch.gates, v.cell_before, v.i, v.cell, v.hidden)) for v in step]
-                for step in self.steps
-            ]
-            self._backward_calls = [
-                [
-                    (n, *_addresses(scratch.d_hidden[k], gates[wave, k], cells[wave, k], scratch.d_parts[k]))
-                    for k in range(layers)
-                ]
-                for wave in range(waves)
-            ]
 
     def _cell(self, inputs: Tensor, gates: Tensor, step: int, layer: int) -> _Cell:
         first, kept = self.shape.row(layer), gates[step + layer, layer]
@@ -278,11 +260,8 @@ class Block:
         """Inner step `step`: from x `[input_size, size]` to `update` `[1, size]` (None: not needed)."""
         gates, minus_one = self.scratch.gates, self.scratch.minus_one
         self.x[step].copy_(x)
-        for layer, (weight, v) in enumerate(zip(weights.forward, self.steps[step], strict=True)):
+        for weight, v in zip(weights.forward, self.steps[step], strict=True):
             torch.mm(weight, v.inputs, out=gates)
-            if self.fused:
-                self.fused.cell_forward(*self._forward_calls[step][layer])
-                continue
             torch.sigmoid(gates, out=v.gates)
             torch.add(minus_one, v.g, alpha=2.0, out=v.g)
             torch.mul(v.f, v.cell_before, out=v.cell)
@@ -309,11 +288,7 @@ class Block:
         without_readout = [gradient[1:] for gradient in gradients]
         for wave in range(len(self.waves) - 1, -1, -1):
             v = self.waves[wave]
-            if self.fused:
-                for call in self._backward_calls[wave]:
-                    self.fused.cell_backward(*call)
-            else:
-                self._pointwise_backward(v)
+            self._pointwise_backward(v)
             before = wave - top - 1  # the top layer's step before this wave's: its update is read out here
             s.d_readout.copy_(cotangents[before]) if before >= 0 else s.d_readout.zero_()
             gradients[top].addmm_(s.d_top, v.inputs_t[top])
@@ -335,7 +310,3 @@ class Block:
         torch.mul(s.d_cell.unsqueeze(1), v.i_f, out=s.d_g_carry)
         _sigmoid_backward(s.d_sigmoids, v.sigmoids, grad_input=s.d_sigmoids)
         _tanh_backward(s.d_g, v.g, grad_input=s.d_g)
-
-
-def _addresses(*tensors: Tensor) -> list[int]:
-    return [tensor.data_ptr() for tensor in tensors]

@@ -130,8 +130,8 @@ def test_a_coordinate_does_not_see_its_neighbours(name):
 
 @compiler
 def test_it_is_compiled_where_it_can_be(monkeypatch):
-    calls = []
-    monkeypatch.setattr(lstm_module, "lstm_step", lambda *given: calls.append(given) or fused.lstm_step(*given))
+    calls, step = [], fused.FusedLSTM.step_
+    monkeypatch.setattr(fused.FusedLSTM, "step_", lambda *given: calls.append(given) or step(*given))
     for dtype, wanted in ((torch.float64, 0), (torch.float32, 1)):
         rule = make("paper", dtype)
         rule.step_(*drawn(rule, 5, dtype))
