@@ -19,7 +19,7 @@
 #else
 #define LANES 8
 #endif
-#define WIDE 2 /* vectors: 4 gates by 2 vectors are 8 sums, what it takes to hide the latency of two units */
+#define WIDE 2 /* vectors: 4 gates by 2 vectors are 8 sums, what it takes to keep two multipliers busy */
 #define TILE (WIDE * LANES)
 
 typedef float vec __attribute__((vector_size(4 * LANES), may_alias));
@@ -49,12 +49,13 @@ static inline vec clamped(vec x, float bound) {
 #endif
 }
 
-/* 2^x for |x| <= 40 and at the nearer end beyond: three such factors do not overflow. nan comes through.
+/* 2^x for |x| <= bound and at the nearer end beyond; nan comes through. With 126 all that a float can hold is right; of
+ * factors that are bounded by 40 three may be multiplied.
  * The nearest integer is in the last bits of x + 1.5 * 2^23, from where it is shifted into the exponent's place; the
  * polynomial has a relative error of 1e-7 on the remaining [-1/2, 1/2]. */
-static inline vec power_of_2(vec x) {
+static inline vec power_of_2(vec x, float bound) {
   const float shift = 12582912.0f + 127.0f;
-  x = clamped(x, 40.0f);
+  x = clamped(x, bound);
   vec shifted = x + shift, part = x - (shifted - shift);
   vec p = part * 0.00132647459f + 0.00967151253f;
   p = p * part + 0.0555073369f;
@@ -70,10 +71,10 @@ static inline vec power_of_2(vec x) {
  * sigmoid(i) = 1 / I and tanh(g) = (2 - G) / G: the cell is one division and the output another. */
 static inline void unit(const float *restrict sums, float *restrict cell, float *restrict hidden) {
   const vec *s = (const vec *)sums;
-  vec i = 1.0f + power_of_2(s[0]), f = 1.0f + power_of_2(s[WIDE]), o = 1.0f + power_of_2(s[2 * WIDE]);
-  vec g = power_of_2(s[3 * WIDE]), i_g = i * (1.0f + g);
+  vec i = 1.0f + power_of_2(s[0], 40.0f), f = 1.0f + power_of_2(s[WIDE], 40.0f), o = 1.0f + power_of_2(s[2 * WIDE], 40.0f);
+  vec g = power_of_2(s[3 * WIDE], 40.0f), i_g = i * (1.0f + g);
   vec c = (*(vec *)cell * i_g + f * (1.0f - g)) / (f * i_g);
-  vec tau = power_of_2(c * (-2.0f * LOG2_E));
+  vec tau = power_of_2(c * (-2.0f * LOG2_E), 40.0f);
   *(vec *)cell = c;
   *(vec *)hidden = (1.0f - tau) / (o * (1.0f + tau));
 }
@@ -125,6 +126,18 @@ static inline void copy(float *restrict to, const float *restrict from, long n) 
     for (long k = 0; k < n; k++) to[k] = from[k];
 }
 
+/* m columns of the state's rows (h, c) of each layer, from `state` to h [units, TILE] and c [units, TILE]. */
+static void load(float *restrict h, float *restrict c, const float *restrict state, long stride, long hidden, long units,
+                 long m) {
+  for (long k = 0; k < units; k++) {
+    const float *row = state + (k + k / hidden * hidden) * stride;
+    copy(h + k * TILE, row, m);
+    copy(c + k * TILE, row + hidden * stride, m);
+    __builtin_prefetch(row + TILE); /* the next tile: there are more rows than the processor foresees by itself */
+    __builtin_prefetch(row + hidden * stride + TILE);
+  }
+}
+
 /* A column of weights, for the four gates; torch's order of gates is (i, f, g, o). */
 static float *put(float *restrict to, const float *restrict from, long j, long hidden, long columns, long k) {
   *to++ = -LOG2_E * from[j * columns + k];
@@ -147,9 +160,15 @@ static void pack_weights(long hidden, long layers, long features, const float *c
   for (long j = 0; j < hidden; j++) *to++ = scale * from[0][j];
 }
 
+static long padded(long n, long to) { return (n + to - 1) / to * to; }
+
+/* Where the readout's weights are in what pack_weights writes. */
+static long readout_at(long hidden, long layers, long features) {
+  return layers * 4 * hidden * (1 + 2 * hidden) - 4 * hidden * (hidden - features);
+}
+
 static long packed_size(long hidden, long layers, long features) {
-  long size = layers * 4 * hidden * (1 + 2 * hidden) - 4 * hidden * (hidden - features) + 1 + hidden;
-  return (size + 15) / 16 * 16;
+  return padded(readout_at(hidden, layers, features) + 1 + hidden, 16);
 }
 
 static long tile_size(long hidden, long layers, long features) {
@@ -176,13 +195,7 @@ void lstm_step(long n, long stride, long hidden, long layers, long features, con
     long at = tile * TILE, m = n - at < TILE ? n - at : TILE;
     if (m < TILE) memset(inputs, 0, size * sizeof(float));
     for (long k = 0; k < features; k++) copy(inputs + k * TILE, x + k * n + at, m);
-    for (long k = 0; k < layers * hidden; k++) {
-      float *h = state + (k + k / hidden * hidden) * stride + at, *c = h + hidden * stride;
-      copy(inputs + (features + k) * TILE, h, m);
-      copy(cells + k * TILE, c, m);
-      __builtin_prefetch(h + TILE); /* there are more rows than the processor foresees by itself */
-      __builtin_prefetch(c + TILE);
-    }
+    load(inputs + features * TILE, cells, state + at, stride, hidden, layers * hidden, m);
     tile_step(hidden, layers, features, scratch, inputs, cells, sums, out);
     for (long k = 0; k < layers * hidden; k++) {
       float *h = state + (k + k / hidden * hidden) * stride + at;
@@ -202,13 +215,15 @@ typedef struct {
   float i[TILE], f[TILE], o[TILE], g[TILE], tau[TILE], cell_before[TILE];
 } Kept;
 
+static inline vec sigmoid(vec exponent) { return 1.0f / (1.0f + power_of_2(exponent, 126.0f)); }
+
+/* As `unit`, but for what the way back needs. There a saturated gate's slope may meet a huge x: it has to vanish. */
 static inline void kept_unit(const float *restrict sums, float *restrict cell, float *restrict hidden, Kept *kept) {
   for (int v = 0; v < TILE; v += LANES) {
     const vec *s = (const vec *)(sums + v);
-    vec i = 1.0f / (1.0f + power_of_2(s[0])), f = 1.0f / (1.0f + power_of_2(s[WIDE]));
-    vec o = 1.0f / (1.0f + power_of_2(s[2 * WIDE])), g = 2.0f / (1.0f + power_of_2(s[3 * WIDE])) - 1.0f;
+    vec i = sigmoid(s[0]), f = sigmoid(s[WIDE]), o = sigmoid(s[2 * WIDE]), g = 2.0f * sigmoid(s[3 * WIDE]) - 1.0f;
     vec before = *(vec *)(cell + v), c = f * before + i * g;
-    vec tau = 2.0f / (1.0f + power_of_2(c * (-2.0f * LOG2_E))) - 1.0f;
+    vec tau = 2.0f * sigmoid(c * (-2.0f * LOG2_E)) - 1.0f;
     *(vec *)(kept->i + v) = i;
     *(vec *)(kept->f + v) = f;
     *(vec *)(kept->o + v) = o;
@@ -234,8 +249,6 @@ static inline void unit_backward(const Kept *kept, const float *restrict d_hidde
     *(vec *)(d_cell + v) = d_c * f;
   }
 }
-
-static long padded(long n, long to) { return (n + to - 1) / to * to; }
 
 /* total [rows, columns] += d [rows, TILE] x [TILE, columns]; rows are a multiple of 4, columns of TILE. */
 static void add_product(long rows, long columns, const float *restrict d, const float *restrict x, float *restrict total) {
@@ -354,7 +367,7 @@ static void layer_backward(const Tile *t, long step, long layer, const float *we
 }
 
 /* Weights for the way back, four columns of what a layer reads (below, own) at a time. */
-static float *pack_back(const Tile *t, const float *const *from, float *to) {
+static void pack_back(const Tile *t, const float *const *from, float *to) {
   static const int torch_gate[4] = {0, 1, 3, 2};
   for (long layer = 0; layer < t->layers; layer++, from += 2) {
     long of_below = below(t, layer), first = layer ? 0 : of_below, last = of_below + t->hidden;
@@ -366,7 +379,6 @@ static float *pack_back(const Tile *t, const float *const *from, float *to) {
           *to++ = k < of_below ? input[r * of_below + k] : k < last ? from[0][r * t->hidden + k - of_below] : 0;
         }
   }
-  return to;
 }
 
 /* Numbers of gradients: a layer's [4 hidden, fan_in] (below, own, bias), the readout's [hidden + 1] (weight, bias). */
@@ -397,18 +409,14 @@ void lstm_gradients(long n, long stride, long hidden, long layers, long features
   float *back = scratch + packed_size(hidden, layers, features), *tiles = scratch + weights_size(&sizes);
   pack_weights(hidden, layers, features, from, scale, scratch);
   pack_back(&sizes, from, back);
-  const float *readout = scratch + layers * 4 * hidden * (1 + 2 * hidden) - 4 * hidden * (hidden - features);
+  const float *readout = scratch + readout_at(hidden, layers, features);
   long count = (n + TILE - 1) / TILE, size = lstm_gradient_size(hidden, layers, features);
 #pragma omp parallel for schedule(static) num_threads(threads) if (count > 1)
   for (long tile = 0; tile < count; tile++) {
     long at = tile * TILE, m = n - at < TILE ? n - at : TILE;
     Tile t = lay_out(hidden, layers, features, steps, tiles + omp_get_thread_num() * (sizes.end - sizes.x));
     if (m < TILE) memset(t.x, 0, (t.end - t.x) * sizeof(float));
-    for (long k = 0; k < t.units; k++) {
-      const float *h = state + (k + k / hidden * hidden) * stride + at;
-      copy(t.states + k * TILE, h, m);
-      copy(t.cells + k * TILE, h + hidden * stride, m);
-    }
+    load(t.states, t.cells, state + at, stride, hidden, t.units, m);
     for (long k = 0; k < steps * features; k++) copy(t.x + k * TILE, x + k * n + at, m);
     tile_forward(&t, scratch);
 

@@ -26,34 +26,26 @@ SOURCE = Path(__file__).with_name("fused.c")
 FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-shared", "-fPIC")
 
 
-def fused_for(like: Tensor) -> Any:
-    """The library for tensors like this one, or None."""
-    return _library() if like.is_cpu and like.dtype == torch.float32 else None
+def fused_for(*like: Tensor) -> Any:
+    """The library for tensors like these, or None."""
+    return _library() if all(one.is_cpu and one.dtype == torch.float32 for one in like) else None
 
 
 class FusedLSTM:
-    """An LSTM rule, with the weights that it has when this is made.
+    """The compiled kernel and an LSTM rule's weights.
 
     Args:
         library: What `fused_for` gave.
         sizes: Hidden units H, layers, features.
-        layers: For each layer, lowest first, (weight_ih `[4 H, in]`, weight_hh `[4 H, H]`, bias `[4 H]`).
-        readout: Weight `[1, H]` and bias `[1]`.
+        weights: Of each layer, lowest first, weight_ih `[4 H, in]`, weight_hh `[4 H, H]` and bias `[4 H]`; of the
+            readout, weight `[1, H]` and bias `[1]`.
         scale: Factor on the readout.
     """
 
-    def __init__(
-        self,
-        library: Any,
-        sizes: tuple[int, int, int],
-        layers: Sequence[tuple[Tensor, ...]],
-        readout: tuple[Tensor, Tensor],
-        scale: float,
-    ) -> None:
+    def __init__(self, library: Any, sizes: tuple[int, int, int], weights: Sequence[Tensor], scale: float) -> None:
         self.library, self.sizes, self.scale = library, sizes, scale
-        weights = [weight for part in (*layers, readout) for weight in part]
-        self.weights = [weight.detach().clone(memory_format=torch.contiguous_format) for weight in weights]
-        self.pointers = (ctypes.c_void_p * len(self.weights))(*(weight.data_ptr() for weight in self.weights))
+        self.weights = [weight.contiguous() for weight in weights]
+        self.pointers = (ctypes.c_void_p * len(weights))(*(weight.data_ptr() for weight in self.weights))
 
     def step_(self, x: Tensor, state: Tensor) -> Tensor:
         """One inner step, the state changed in place.
@@ -80,7 +72,7 @@ class FusedLSTM:
             cotangents: `[num_steps, num_coordinates]`, contiguous.
 
         Returns:
-            In the order of `layers` and `readout`.
+            In the order of `weights`.
         """
         (num_steps, size), threads = cotangents.shape, torch.get_num_threads()
         scratch = x.new_empty(self.library.lstm_gradient_scratch(*self.sizes, num_steps, threads))

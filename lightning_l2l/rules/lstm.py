@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -123,20 +123,19 @@ class CoordinatewiseLSTM(UpdateRule):
         update = functional.linear(x.t(), self.readout.weight, self.readout.bias)[:, 0]
         return self.output_scale * update, torch.cat(after)
 
-    def fused(self) -> FusedLSTM | None:
-        """The compiled kernel with the weights as they are now, where it is to be had for them."""
-        library = fused_for(self.readout.weight)
-        if not library:
-            return None
-        sizes, readout = (self.hidden_size, self.num_layers, self._input_size), (self.readout.weight, self.readout.bias)
-        return FusedLSTM(library, sizes, self.layers(), readout, self.output_scale)
+    def fused(self, library: Any, *, copy: bool = False) -> FusedLSTM:
+        """The compiled kernel with this rule's weights, or with a copy of them as they are now."""
+        weights = [weight.detach() for layer in self.layers() for weight in layer]
+        weights += [self.readout.weight.detach(), self.readout.bias.detach()]
+        weights = [weight.clone() for weight in weights] if copy else weights
+        return FusedLSTM(library, (self.hidden_size, self.num_layers, self._input_size), weights, self.output_scale)
 
     @torch.no_grad()
     def step_(self, gradient: Tensor, state: Tensor) -> Tensor:
         """See `UpdateRule.step_`; compiled where it can be."""
-        fused = self.fused()
-        if fused and state.dtype == gradient.dtype == torch.float32 and gradient.is_cpu and state.stride(1) == 1:
-            return fused.step_(self.preprocess(gradient).contiguous(), state)
+        library = fused_for(self.readout.weight, gradient, state)
+        if library and state.stride(1) == 1:
+            return self.fused(library).step_(self.preprocess(gradient).contiguous(), state)
         packed = pack(self.shape, self.layers(), (self.readout.weight, self.readout.bias), self.output_scale)
         update = torch.empty_like(gradient)
         for part in blocks(len(gradient), block_size(gradient)):
@@ -157,8 +156,9 @@ class CoordinatewiseLSTM(UpdateRule):
         Compiled it computes activations again tile by tile in the cache, whatever `memory` says: that is no slower
         than to keep them.
         """
-        if fused_for(self.readout.weight):
-            return _FusedUnroll(self, num_coordinates, num_steps)
+        library = fused_for(self.readout.weight)
+        if library:
+            return _FusedUnroll(self, library, num_coordinates, num_steps)
         if memory == "auto":
             kept = num_coordinates * num_steps * self.shape.floats_per_step() * self.readout.weight.element_size()
             memory = "fast" if kept <= budget else "flat"
@@ -168,31 +168,30 @@ class CoordinatewiseLSTM(UpdateRule):
 class _FusedUnroll(RuleUnroll):
     """The compiled kernel: what is kept of an inner step is the features alone."""
 
-    def __init__(self, rule: CoordinatewiseLSTM, num_coordinates: int, num_steps: int) -> None:
+    def __init__(self, rule: CoordinatewiseLSTM, library: Any, num_coordinates: int, num_steps: int) -> None:
         like = rule.readout.weight.detach()
-        self.rule, self.num_steps = rule, num_steps
+        self.rule, self.library, self.num_steps = rule, library, num_steps
         self.features = like.new_empty(num_steps, rule.shape.input_size, num_coordinates)
         self.first = like.new_empty(rule.state_size, num_coordinates)
         self.state = torch.empty_like(self.first)
 
     def begin(self, state: Tensor) -> None:
-        self.fused = self.rule.fused()
+        self.fused = self.rule.fused(self.library, copy=True)
         self.first.copy_(state)
         self.state.copy_(state)
         self.count = 0
 
     @torch.no_grad()
     def step(self, gradient: Tensor) -> Tensor:
-        assert self.fused is not None
-        self.features[self.count] = self.rule.preprocess(gradient)
+        x = self.features[self.count]
+        x.copy_(self.rule.preprocess(gradient))
         self.count += 1
-        return self.fused.step_(self.features[self.count - 1], self.state)
+        return self.fused.step_(x, self.state)
 
     def finish(self, state: Tensor) -> None:
         state.copy_(self.state)
 
     def gradients(self, cotangents: Tensor) -> list[Tensor]:
-        assert self.fused is not None
         _check_count(self.count, self.num_steps)
         return self.fused.gradients(self.features, self.first, cotangents.contiguous())
 
@@ -205,7 +204,7 @@ def _check_count(count: int, num_steps: int) -> None:
 class _LSTMUnroll(RuleUnroll):
     """`lstm_kernel` over blocks of coordinates.
 
-    Flat: buffers of one inner step while stepping, and of all steps for one block at a time in the backward pass.
+    Flat: nothing is kept of an inner step but its gradient; the backward pass has the buffers of one block at a time.
     """
 
     def __init__(
@@ -217,24 +216,21 @@ class _LSTMUnroll(RuleUnroll):
         self.update = like.new_empty(1, num_coordinates)
         self.updates = [self.update[:, part] for part in self.parts]
         self.scratch: dict[int, Scratch] = {}
-        self.shared: dict[tuple[int, int], Block] = {}
+        self.shared: dict[int, Block] = {}
         if flat:
             self.inputs = like.new_empty(num_steps, num_coordinates)
-            self.state = like.new_empty(rule.state_size, num_coordinates)
         else:
-            self.kept = [self._block(part, num_steps) for part in self.parts]
+            self.kept = [self._block(part.stop - part.start) for part in self.parts]
 
-    def _block(self, part: slice, num_steps: int) -> Block:
-        size = part.stop - part.start
+    def _block(self, size: int) -> Block:
         if size not in self.scratch:
             self.scratch[size] = Scratch(self.shape, size, like=self.like)
-        return Block(self.shape, size, num_steps, self.scratch[size], like=self.like)
+        return Block(self.shape, size, self.num_steps, self.scratch[size], like=self.like)
 
-    def _shared(self, part: slice, num_steps: int) -> Block:
-        key = (part.stop - part.start, num_steps)
-        if key not in self.shared:
-            self.shared[key] = self._block(part, num_steps)
-        return self.shared[key]
+    def _shared(self, size: int) -> Block:
+        if size not in self.shared:
+            self.shared[size] = self._block(size)
+        return self.shared[size]
 
     @torch.no_grad()
     def begin(self, state: Tensor) -> None:
@@ -242,7 +238,7 @@ class _LSTMUnroll(RuleUnroll):
         self.weights = pack(self.shape, rule.layers(), (rule.readout.weight, rule.readout.bias), rule.output_scale)
         self.count = 0
         if self.flat:
-            self.first = state.clone()
+            self.first, self.state = state.clone(), state.clone()
             return
         for part, block in zip(self.parts, self.kept, strict=True):
             block.load(state[:, part])
@@ -252,12 +248,8 @@ class _LSTMUnroll(RuleUnroll):
         x = self.rule.preprocess(gradient)
         if self.flat:
             self.inputs[self.count].copy_(gradient)
-            before = self.state if self.count else self.first
             for part, update in zip(self.parts, self.updates, strict=True):
-                block = self._shared(part, 1)
-                block.load(before[:, part])
-                block.forward(0, x[:, part], self.weights, update)
-                block.store(1, self.state[:, part])
+                update[0] = step_in_place(self.shape, self.weights, x[:, part], self.state[:, part])
         else:
             for part, update, block in zip(self.parts, self.updates, self.kept, strict=True):
                 block.forward(self.count, x[:, part], self.weights, update)
@@ -267,7 +259,7 @@ class _LSTMUnroll(RuleUnroll):
     @torch.no_grad()
     def finish(self, state: Tensor) -> None:
         if self.flat:
-            state.copy_(self.state if self.count else self.first)
+            state.copy_(self.state)
             return
         for part, block in zip(self.parts, self.kept, strict=True):
             block.store(self.count, state[:, part])
@@ -278,7 +270,7 @@ class _LSTMUnroll(RuleUnroll):
         total = self.shape.zero_gradients(self.like)
         for index, part in enumerate(self.parts):
             if self.flat:
-                block = self._shared(part, self.num_steps)
+                block = self._shared(part.stop - part.start)
                 block.load(self.first[:, part])
                 for step in range(self.num_steps):
                     block.forward(step, self.rule.preprocess(self.inputs[step, part]), self.weights, None)

@@ -29,11 +29,46 @@ def test_compiled_and_plain_agree(monkeypatch, num_layers, memory):
     rule = CoordinatewiseLSTM(num_layers=num_layers)
     gradients, cotangents = torch.randn(20, 2000) * 0.1, torch.randn(20, 2000)
     compiled = run(rule, gradients, cotangents, memory)
-    monkeypatch.setattr(lstm, "fused_for", lambda like: None)
+    monkeypatch.setattr(lstm, "fused_for", lambda *like: None)
     plain = run(rule, gradients, cotangents, memory)
     torch.testing.assert_close(compiled[0], plain[0], rtol=1e-5, atol=1e-7)
     for a, b in zip(compiled[1:], plain[1:], strict=True):
         assert (a - b).norm() < 1e-5 * b.norm()
+
+
+@compiler
+@pytest.mark.parametrize("preprocessing", ["identity", "log_and_sign"])
+def test_compiled_saturates_as_plain_does_and_lets_nan_through(monkeypatch, preprocessing):
+    torch.manual_seed(0)
+    rule = CoordinatewiseLSTM(preprocessing=preprocessing)
+    gradients = torch.tensor([0.0, 1e-30, -3.0, 80.0, -80.0, 1e30, -1e30]).repeat(5, 5)
+    cotangents = torch.randn(5, gradients.shape[1])
+    compiled = run(rule, gradients, cotangents, "flat")
+    broken = gradients.clone()
+    broken[2, 33] = torch.nan
+    updates, *found = run(rule, broken, cotangents, "flat")
+    assert updates[2:, 33].isnan().all() and updates.isnan().sum() == 3
+    assert [gradient.isnan().any().item() for gradient in found] == [True] * 7 + [False]  # of the bias of the readout
+    monkeypatch.setattr(lstm, "fused_for", lambda *like: None)
+    plain = run(rule, gradients, cotangents, "flat")
+    torch.testing.assert_close(compiled[0], plain[0], rtol=1e-5, atol=1e-7)
+    for a, b in zip(compiled[1:], plain[1:], strict=True):
+        assert (a - b).norm() < 1e-5 * b.norm()
+
+
+@compiler
+def test_compiled_goes_by_the_weights_of_the_beginning():
+    torch.manual_seed(0)
+    rule, gradients, cotangents = CoordinatewiseLSTM(), torch.randn(3, 40), torch.randn(3, 40)
+    wanted = run(rule, gradients, cotangents, "flat")
+    unroller = rule.unroller(40, 3)
+    unroller.begin(rule.init_state(40))
+    with torch.no_grad():
+        for parameter in rule.parameters():
+            parameter.zero_()
+    assert torch.equal(torch.stack([unroller.step(g).clone() for g in gradients]), wanted[0])
+    for a, b in zip(unroller.gradients(cotangents), wanted[1:], strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
 
 
 def test_only_float32_on_the_cpu_is_compiled():
