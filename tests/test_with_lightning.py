@@ -206,7 +206,7 @@ def test_the_trainer_clips_and_accumulates(options, clip, accumulate, tmp_path):
 @pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true"])
 def test_in_bf16_the_rule_keeps_to_float32(precision, compiled, tmp_path, monkeypatch):
     if not compiled:
-        monkeypatch.setattr("lightning_l2l.rules.lstm.fused_for", lambda like: None)  # as on an accelerator
+        monkeypatch.setattr("lightning_l2l.rules.lstm.fused_for", lambda *like: None)  # as on an accelerator
     found = []
     for kind in (Classifier, Manual):
         model = kind()
