@@ -88,7 +88,7 @@ class Unroll:
     memory: Memory = "auto"
     memory_budget: int = 2**30
     block: int | None = None
-    _buffers: dict[tuple[Any, ...], tuple[RuleUnroll, Tensor, Tensor]] = field(default_factory=dict, repr=False)
+    _buffers: dict[tuple[Any, ...], tuple[RuleUnroll, Tensor]] = field(default_factory=dict, repr=False)
 
     def start(self, batch: Mapping[str, Tensor]) -> Episode:
         """Begin an episode at the starting points that `batch["seed"]` `[num_tasks]` determines.
@@ -127,7 +127,7 @@ class Unroll:
             raise ValueError(f"{len(weights)} weights for num_steps={num_steps}; give one an inner step")
         if self.second_derivatives:
             return self._run_by_autograd(episode, num_steps, weights)
-        unroller, gradients, cotangents = self._buffers_for(episode, num_steps)
+        unroller, gradients = self._buffers_for(episode, num_steps)
         shape = episode.theta.shape
         gradients[0].copy_(episode.gradient)
         losses = []
@@ -138,21 +138,16 @@ class Unroll:
             episode.step += 1
             self._evaluate(episode, gradients[t + 1])
             losses.append(episode.losses)
-        unroller.finish(episode.state)
         episode.gradient = gradients[num_steps].clone()
         parameters: list[Tensor] = list(self.rule.parameters())
         if any(weights):
-            total = cotangents.view(num_steps, *shape)
-            torch.mul(gradients[num_steps], weights[-1], out=total[-1])
-            for s in range(num_steps - 2, -1, -1):
-                torch.add(total[s + 1], gradients[s + 1], alpha=weights[s], out=total[s])
-            meta_gradient = unroller.gradients(cotangents.div_(shape[0]))
+            meta_gradient = unroller.gradients(gradients.flatten(1), [w / shape[0] for w in weights])
         else:  # a truncation of which nothing counts needs no backward pass
             meta_gradient = [torch.zeros_like(p) for p in parameters]
         stacked = torch.stack(losses)  # [num_steps, num_tasks]
         return Truncation(stacked, _attach(_weighted(stacked, weights), meta_gradient, parameters))
 
-    def _buffers_for(self, episode: Episode, num_steps: int) -> tuple[RuleUnroll, Tensor, Tensor]:
+    def _buffers_for(self, episode: Episode, num_steps: int) -> tuple[RuleUnroll, Tensor]:
         theta, like = episode.theta, next(self.rule.parameters())
         key = (theta.shape, num_steps, like.device, like.dtype)
         if key not in self._buffers:
@@ -162,7 +157,6 @@ class Unroll:
                     theta.numel(), num_steps, memory=self.memory, budget=self.memory_budget, block=self.block
                 ),
                 like.new_empty(num_steps + 1, *theta.shape),
-                like.new_empty(num_steps, theta.numel()),
             )
         return self._buffers[key]
 

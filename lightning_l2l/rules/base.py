@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
-from typing import Literal, cast
+from collections.abc import Iterator, Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -100,36 +100,46 @@ class UpdateRule(nn.Module, ABC):
             budget: Bytes.
             block: Coordinates in a block; by default what suits the device.
         """
-        return AutogradUnroll(self, num_coordinates, num_steps, block=block)
+        return AutogradUnroll(self, num_coordinates, block=block)
 
 
 class RuleUnroll(ABC):
-    """A truncation of a rule: `begin`, `step` as often as there are inner steps, `finish`, and `gradients`.
+    """A truncation of a rule: `begin`, `step` as often as there are inner steps, and `gradients`.
 
     Nothing here is recorded by autograd; tensors that are returned are valid until the next call.
     """
 
     @abstractmethod
     def begin(self, state: Tensor) -> None:
-        """Start from `state` `[state_size, num_coordinates]`, with the meta-parameters as they are now."""
+        """Start from `state` `[state_size, num_coordinates]`, with the meta-parameters as they are now.
+
+        The tensor is the unroll's to write to: after the last step it holds the state after it.
+        """
 
     @abstractmethod
     def step(self, gradient: Tensor) -> Tensor:
         """One inner step: gradient `[num_coordinates]` -> update `[num_coordinates]`."""
 
     @abstractmethod
-    def finish(self, state: Tensor) -> None:
-        """Write the state after the last step into `state`."""
+    def gradients(self, gradients: Tensor, weights: Sequence[float]) -> list[Tensor]:
+        """Gradient of the meta-loss with respect to each of `rule.parameters()`, all gradients counted as constants.
 
-    @abstractmethod
-    def gradients(self, cotangents: Tensor) -> list[Tensor]:
-        """Gradient of sum(cotangents * updates) with respect to each of `rule.parameters()`.
-
-        The gradients that were fed to `step` count as constants.
+        With the gradients g_0 .. g_T and the updates u_0 .. u_{T-1} that `step` made of the first T, that is the
+        gradient of sum_t w_t <g_t, u_0 + ... + u_{t-1}>, t = 1 .. T.
 
         Args:
-            cotangents: `[num_steps, num_coordinates]`.
+            gradients: `[num_steps + 1, num_coordinates]`, what was fed to `step` and the gradient after the last one.
+            weights: w_1 .. w_T.
         """
+
+
+def cotangents(gradients: Tensor, weights: Sequence[float]) -> Tensor:
+    """What each update is multiplied with in the meta-loss: c_s = w_{s+1} g_{s+1} + ... + w_T g_T, `[T, ...]`."""
+    total = torch.empty_like(gradients[1:])
+    torch.mul(gradients[-1], weights[-1], out=total[-1])
+    for s in range(len(weights) - 2, -1, -1):
+        torch.add(total[s + 1], gradients[s + 1], alpha=weights[s], out=total[s])
+    return total
 
 
 class AutogradUnroll(RuleUnroll):
@@ -138,45 +148,31 @@ class AutogradUnroll(RuleUnroll):
     Args:
         rule: The rule.
         num_coordinates: Coordinates of all tasks together.
-        num_steps: Inner steps of a truncation.
         block: Coordinates in a block; by default what suits the device.
     """
 
-    def __init__(self, rule: UpdateRule, num_coordinates: int, num_steps: int, *, block: int | None = None) -> None:
-        parameter = next(rule.parameters())
+    def __init__(self, rule: UpdateRule, num_coordinates: int, *, block: int | None = None) -> None:
         self.rule = rule
-        self.blocks = list(blocks(num_coordinates, block or block_size(parameter)))
-        self.inputs = parameter.new_empty(num_steps, num_coordinates)
-        self.count = 0
+        self.blocks = list(blocks(num_coordinates, block or block_size(next(rule.parameters()))))
 
     def begin(self, state: Tensor) -> None:
         """See `RuleUnroll.begin`."""
-        self.first = state.clone()
-        self.state = self.first
-        self.count = 0
+        self.first, self.state = state.clone(), state
 
-    @torch.no_grad()
     def step(self, gradient: Tensor) -> Tensor:
         """See `RuleUnroll.step`."""
-        self.inputs[self.count].copy_(gradient)
-        update, state = self.rule(self.inputs[self.count], self.state)
-        self.state = state
-        self.count += 1
-        return cast(Tensor, update)
+        return self.rule.step_(gradient, self.state)
 
-    def finish(self, state: Tensor) -> None:
-        """See `RuleUnroll.finish`."""
-        state.copy_(self.state)
-
-    def gradients(self, cotangents: Tensor) -> list[Tensor]:
+    def gradients(self, gradients: Tensor, weights: Sequence[float]) -> list[Tensor]:
         """See `RuleUnroll.gradients`."""
         parameters = list(self.rule.parameters())
         totals = [torch.zeros_like(p) for p in parameters]
         for part in self.blocks:
+            given = gradients[:, part]
             with torch.enable_grad():
                 state = self.first[:, part]
-                total = cotangents.new_zeros(())
-                for gradient, cotangent in zip(self.inputs[: self.count, part], cotangents[:, part], strict=True):
+                total = given.new_zeros(())
+                for gradient, cotangent in zip(given[:-1], cotangents(given, weights), strict=True):
                     update, state = self.rule(gradient, state)
                     total = total + torch.dot(update, cotangent)
                 found = torch.autograd.grad(total, parameters, materialize_grads=True)

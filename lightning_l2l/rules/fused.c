@@ -1,26 +1,28 @@
 /* The LSTM kernel, compiled: an inner step, and the backward pass over a truncation.
  *
- * Compiled on first use by fused.py. NaN must come through, so nothing here may be built with -ffast-math. */
+ * Compiled on first use by fused.py. NaN must come through, so nothing here may be built with -ffast-math.
+ *
+ * Throughout, sizes are those of the rule: `hidden` units a layer, `layers`, and p, the p of the logarithm that a gradient
+ * goes through, or 0 where the rule sees the gradient itself. A layer reads what is below it (the features, or the h of
+ * the layer below) and its own h. Gates are ordered (i, f, o, g), sums by unit and then gate. */
 
 #include <omp.h>
 #include <stdint.h>
 #include <string.h>
-#ifdef __AVX__
+#ifdef __SSE__
 #include <immintrin.h>
 #endif
 
-/* ---- One inner step, the state changed in place. ----
- *
- * A tile of coordinates goes through all layers before the next one is touched, so that the state is read and written
- * once and all else stays in registers and the first cache. A gate's sum is never stored before it is complete. */
-
 #ifdef __AVX512F__
 #define LANES 16
+#define UNITS 2 /* at once: 2 units by 4 gates by 2 vectors are 16 sums; the processor has 32 registers */
 #else
 #define LANES 8
+#define UNITS 1
 #endif
-#define WIDE 2 /* vectors: 4 gates by 2 vectors are 8 sums, what it takes to keep two multipliers busy */
+#define WIDE 2 /* vectors a tile */
 #define TILE (WIDE * LANES)
+#define INLINE static inline __attribute__((always_inline))
 
 typedef float vec __attribute__((vector_size(4 * LANES), may_alias));
 typedef int32_t ivec __attribute__((vector_size(4 * LANES)));
@@ -28,32 +30,78 @@ typedef float unaligned __attribute__((vector_size(4 * LANES), aligned(4), may_a
 
 #define ALL(x) ((x) - (vec){0}) /* x in all lanes */
 
-/* In a register from here on: what is used four times is not to be loaded four times, for loads are what is scarce. */
-static inline vec in_register(vec x) {
-#ifdef __AVX__
+/* In a register from here on: what is used several times is not to be loaded several times, for loads are scarce. */
+INLINE vec in_register(vec x) {
+#if defined __AVX512F__
+  __asm__("" : "+v"(x));
+#elif defined __AVX__
   __asm__("" : "+x"(x));
 #endif
   return x;
 }
 
-/* x within -bound and bound; nan comes through, which decides the order of arguments. */
-static inline vec clamped(vec x, float bound) {
-#if defined __AVX512F__
-  return (vec)_mm512_max_ps((__m512)ALL(-bound), _mm512_min_ps((__m512)ALL(bound), (__m512)x));
-#elif defined __AVX__
-  return (vec)_mm256_max_ps((__m256)ALL(-bound), _mm256_min_ps((__m256)ALL(bound), (__m256)x));
+/* Numbers below 1e-38 count as zero: processors that keep them slow down up to a hundred times, and a truncation in which
+ * gradients fade away is full of them. Returns what `restore` wants. */
+static unsigned flush_denormals(void) {
+#ifdef __SSE__
+  unsigned mode = _mm_getcsr();
+  _mm_setcsr(mode | 0x8040);
+  return mode;
 #else
-  ivec above = x > bound, below = x < -bound;
-  x = (vec)((above & (ivec)ALL(bound)) | (~above & (ivec)x));
-  return (vec)((below & (ivec)ALL(-bound)) | (~below & (ivec)x));
+  return 0;
 #endif
 }
 
-/* 2^x for |x| <= bound and at the nearer end beyond; nan comes through. With 126 all that a float can hold is right; of
- * factors that are bounded by 40 three may be multiplied.
+static void restore(unsigned mode) {
+#ifdef __SSE__
+  _mm_setcsr(mode);
+#else
+  (void)mode;
+#endif
+}
+
+/* ---- Functions of a vector. Nan comes through all of them, which decides the order of some arguments. ---- */
+
+INLINE vec at_least(vec x, float bound) {
+#if defined __AVX512F__
+  return (vec)_mm512_max_ps((__m512)ALL(bound), (__m512)x);
+#elif defined __AVX__
+  return (vec)_mm256_max_ps((__m256)ALL(bound), (__m256)x);
+#else
+  ivec below = x < bound;
+  return (vec)((below & (ivec)ALL(bound)) | (~below & (ivec)x));
+#endif
+}
+
+INLINE vec at_most(vec x, float bound) {
+#if defined __AVX512F__
+  return (vec)_mm512_min_ps((__m512)ALL(bound), (__m512)x);
+#elif defined __AVX__
+  return (vec)_mm256_min_ps((__m256)ALL(bound), (__m256)x);
+#else
+  ivec above = x > bound;
+  return (vec)((above & (ivec)ALL(bound)) | (~above & (ivec)x));
+#endif
+}
+
+INLINE vec clamped(vec x, float bound) { return at_least(at_most(x, bound), -bound); }
+
+/* 1 / x for |x| from 1 to 2^126, to 1e-7: where there is a first approximation, one step of Newton's costs a quarter of a
+ * division. */
+INLINE vec reciprocal(vec x) {
+#ifdef __AVX512F__
+  vec first = (vec)_mm512_rcp14_ps((__m512)x);
+  return first * (2.0f - x * first);
+#else
+  return 1.0f / x;
+#endif
+}
+
+/* 2^x for |x| <= bound and at the nearer end beyond. With 126 all that a float can hold is right; of factors that are
+ * bounded by 40 three may be multiplied.
  * The nearest integer is in the last bits of x + 1.5 * 2^23, from where it is shifted into the exponent's place; the
  * polynomial has a relative error of 1e-7 on the remaining [-1/2, 1/2]. */
-static inline vec power_of_2(vec x, float bound) {
+INLINE vec power_of_2(vec x, float bound) {
   const float shift = 12582912.0f + 127.0f;
   x = clamped(x, bound);
   vec shifted = x + shift, part = x - (shifted - shift);
@@ -65,49 +113,226 @@ static inline vec power_of_2(vec x, float bound) {
   return p * (vec)((ivec)shifted << 23);
 }
 
-#define LOG2_E 1.44269504088896341f
-
-/* A unit's four sums (i, f, o, g), times -log2(e) and g's twice that, are exponents of 2. With I = 1 + 2^i and so on,
- * sigmoid(i) = 1 / I and tanh(g) = (2 - G) / G: the cell is one division and the output another. */
-static inline void unit(const float *restrict sums, float *restrict cell, float *restrict hidden) {
-  const vec *s = (const vec *)sums;
-  vec i = 1.0f + power_of_2(s[0], 40.0f), f = 1.0f + power_of_2(s[WIDE], 40.0f), o = 1.0f + power_of_2(s[2 * WIDE], 40.0f);
-  vec g = power_of_2(s[3 * WIDE], 40.0f), i_g = i * (1.0f + g);
-  vec c = (*(vec *)cell * i_g + f * (1.0f - g)) / (f * i_g);
-  vec tau = power_of_2(c * (-2.0f * LOG2_E), 40.0f);
-  *(vec *)cell = c;
-  *(vec *)hidden = (1.0f - tau) / (o * (1.0f + tau));
+/* log |x|, -88 for 0: x = 2^k m with m from sqrt(1/2) to sqrt(2), and a polynomial with a relative error of 1e-8 for m. */
+INLINE vec log_abs(vec x) {
+  ivec bits = (ivec)x & 0x7fffffff, exponent = (bits - 0x3f3504f3) >> 23, no_number = bits >= 0x7f800000;
+  vec m = (vec)(bits - (exponent << 23)) - 1.0f;
+  vec q = m * -0.0763448179f + 0.127615705f;
+  q = q * m - 0.131601855f;
+  q = q * m + 0.142017588f;
+  q = q * m - 0.166233569f;
+  q = q * m + 0.200012267f;
+  q = q * m - 0.250008196f;
+  q = q * m + 0.333333313f;
+  vec log = __builtin_convertvector(exponent, vec) * 0.693147181f + (m + m * m * (q * m - 0.5f));
+  return (vec)((no_number & bits) | (~no_number & (ivec)log));
 }
 
-/* Four rows of a product: sums[r] = start[r] + sum over k of weights[k][r] * row k, the rows first of `a` and then of `b`.
- * Returns the end of the weights. */
-static inline const float *four_sums(const float *restrict start, const float *restrict weights, const float *restrict a,
-                                     long rows_of_a, const float *restrict b, long rows_of_b, float *restrict sums) {
-  vec sum[4][WIDE];
-  for (int r = 0; r < 4; r++)
-    for (int v = 0; v < WIDE; v++) sum[r][v] = ALL(start ? start[r] : 0.0f);
+#define LOG2_E 1.44269504088896341f
+
+/* sigmoid(s) of exponent = -log2(e) s */
+INLINE vec sigmoid(vec exponent) { return reciprocal(1.0f + power_of_2(exponent, 126.0f)); }
+
+/* What a rule sees of gradients [TILE] (preprocessing.py): x [2, TILE] or, without p, x [TILE]. */
+INLINE void preprocess(const float *restrict gradient, float p, float e_to_p, float *restrict x) {
+  for (int v = 0; v < TILE; v += LANES) {
+    vec g = *(const vec *)(gradient + v);
+    *(vec *)(x + v) = p ? at_least(log_abs(g) / p, -1.0f) : g;
+    if (p) *(vec *)(x + TILE + v) = clamped(g * e_to_p, 1.0f);
+  }
+}
+
+static long features(float p) { return p ? 2 : 1; }
+
+/* ---- Products ---- */
+
+/* For some units, sums[r] = start[r] + sum over k of weights[k][r] * row k for each of a unit's four r: the rows first of
+ * `a`, then of `b`, and the start the first four weights if there is one. A sum is never stored before it is complete. */
+INLINE void sums_of(const int units, const int start, const float *restrict weights, long stride, const float *restrict a,
+                    long rows_of_a, const float *restrict b, long rows_of_b, float *restrict sums) {
+  vec sum[4 * UNITS][WIDE];
+  for (int r = 0; r < 4 * units; r++)
+    for (int v = 0; v < WIDE; v++) sum[r][v] = ALL(start ? weights[r / 4 * stride + r % 4] : 0.0f);
+  if (start) weights += 4;
   for (int part = 0; part < 2; part++) {
     const float *rows = part ? b : a;
     for (long k = part ? rows_of_b : rows_of_a; k > 0; k--, rows += TILE, weights += 4) {
       vec x[WIDE];
       for (int v = 0; v < WIDE; v++) x[v] = in_register(((vec *)rows)[v]);
-      for (int r = 0; r < 4; r++)
-        for (int v = 0; v < WIDE; v++) sum[r][v] += ALL(weights[r]) * x[v];
+      for (int r = 0; r < 4 * units; r++)
+        for (int v = 0; v < WIDE; v++) sum[r][v] += ALL(weights[r / 4 * stride + r % 4]) * x[v];
     }
   }
-  for (int r = 0; r < 4; r++)
+  for (int r = 0; r < 4 * units; r++)
     for (int v = 0; v < WIDE; v++) ((vec *)sums)[r * WIDE + v] = sum[r][v];
+}
+
+/* sums [4 units, TILE]. Returns the end of the weights. */
+INLINE const float *all_sums(long units, const int start, const float *restrict weights, const float *restrict a,
+                             long rows_of_a, const float *restrict b, long rows_of_b, float *restrict sums) {
+  long stride = 4 * (start + rows_of_a + rows_of_b), j = 0;
+  for (; j + UNITS <= units; j += UNITS, weights += UNITS * stride)
+    sums_of(UNITS, start, weights, stride, a, rows_of_a, b, rows_of_b, sums + 4 * j * TILE);
+  for (; j < units; j++, weights += stride)
+    sums_of(1, start, weights, stride, a, rows_of_a, b, rows_of_b, sums + 4 * j * TILE);
   return weights;
+}
+
+/* total [rows, vecs * LANES] += d [rows, TILE] x [TILE, vecs * LANES], the rows of x and total `columns` apart. */
+INLINE void add_block(const int rows, const int vecs, const float *restrict d, const float *restrict x, long columns,
+                      float *restrict total) {
+  vec sum[4 * UNITS][3];
+  for (int r = 0; r < rows; r++)
+    for (int v = 0; v < vecs; v++) sum[r][v] = ((vec *)(total + r * columns))[v];
+  for (int t = 0; t < TILE; t++) {
+    vec in[3];
+    for (int v = 0; v < vecs; v++) in[v] = in_register(((vec *)(x + t * columns))[v]);
+    for (int r = 0; r < rows; r++)
+      for (int v = 0; v < vecs; v++) sum[r][v] += ALL(d[r * TILE + t]) * in[v];
+  }
+  for (int r = 0; r < rows; r++)
+    for (int v = 0; v < vecs; v++) ((vec *)(total + r * columns))[v] = sum[r][v];
+}
+
+INLINE void add_rows(const int rows, const float *restrict d, const float *restrict x, long columns, float *restrict total) {
+  for (long c = 0; c < columns;) {
+    long left = (columns - c) / LANES;
+    if (left == 3) {
+      add_block(rows, 3, d, x + c, columns, total + c);
+      c += 3 * LANES;
+    } else if (left > 1) {
+      add_block(rows, 2, d, x + c, columns, total + c);
+      c += 2 * LANES;
+    } else {
+      add_block(rows, 1, d, x + c, columns, total + c);
+      c += LANES;
+    }
+  }
+}
+
+/* total [4 units, columns] += d [4 units, TILE] x [TILE, columns]; columns are a multiple of LANES. */
+static void add_product(long units, long columns, const float *restrict d, const float *restrict x, float *restrict total) {
+  long j = 0;
+  for (; j + UNITS <= units; j += UNITS) add_rows(4 * UNITS, d + 4 * j * TILE, x, columns, total + 4 * j * columns);
+  for (; j < units; j++) add_rows(4, d + 4 * j * TILE, x, columns, total + 4 * j * columns);
+}
+
+/* ---- Weights, in the order in which they are used ---- */
+
+static long padded(long n, long to) { return (n + to - 1) / to * to; }
+
+/* A column of weights, for the four gates; torch's order of gates is (i, f, g, o). The sums are exponents of 2. */
+static float *put(float *restrict to, const float *restrict from, long j, long hidden, long columns, long k) {
+  *to++ = -LOG2_E * from[j * columns + k];
+  *to++ = -LOG2_E * from[(hidden + j) * columns + k];
+  *to++ = -LOG2_E * from[(3 * hidden + j) * columns + k];
+  *to++ = -2.0f * LOG2_E * from[(2 * hidden + j) * columns + k];
+  return to;
+}
+
+static void pack_forward(long hidden, long layers, long of_gradient, const float *const *from, float scale, float *to) {
+  for (long layer = 0; layer < layers; layer++, from += 3) {
+    long below = layer ? hidden : of_gradient;
+    for (long j = 0; j < hidden; j++) {
+      to = put(to, from[2], j, hidden, 1, 0);
+      for (long k = 0; k < below; k++) to = put(to, from[0], j, hidden, below, k);
+      for (long k = 0; k < hidden; k++) to = put(to, from[1], j, hidden, hidden, k);
+    }
+  }
+  *to++ = scale * from[1][0];
+  for (long j = 0; j < hidden; j++) *to++ = scale * from[0][j];
+}
+
+/* For the way back: four columns of what a layer reads (below, own) at a time; the lowest one's features lead nowhere. */
+static void pack_back(long hidden, long layers, long of_gradient, const float *const *from, float *to) {
+  static const int torch_gate[4] = {0, 1, 3, 2};
+  for (long layer = 0; layer < layers; layer++, from += 3) {
+    long below = layer ? hidden : of_gradient, first = layer ? 0 : below, last = below + hidden;
+    for (long c = first; c < last; c += 4)
+      for (long row = 0; row < 4 * hidden; row++)
+        for (long k = c; k < c + 4; k++) {
+          long r = torch_gate[row % 4] * hidden + row / 4;
+          *to++ = k < below ? from[0][r * below + k] : k < last ? from[1][r * hidden + k - below] : 0;
+        }
+  }
+}
+
+/* Where the readout's weights are in what pack_forward writes. */
+static long readout_at(long hidden, long layers, long of_gradient) {
+  return layers * 4 * hidden * (1 + 2 * hidden) - 4 * hidden * (hidden - of_gradient);
+}
+
+static long forward_size(long hidden, long layers, long of_gradient) {
+  return padded(readout_at(hidden, layers, of_gradient) + 1 + hidden, 16);
+}
+
+/* Numbers of the weights that lead back from a layer's sums. */
+static long back_size(long hidden, long layer) { return padded(layer ? 2 * hidden : hidden, 4) * 4 * hidden; }
+
+/* Numbers that lstm_pack writes, with the weights for the way back or without. */
+long lstm_packed_size(long hidden, long layers, float p, int back) {
+  long size = forward_size(hidden, layers, features(p));
+  for (long layer = 0; back && layer < layers; layer++) size += back_size(hidden, layer);
+  return size;
+}
+
+/* from: weight_ih, weight_hh and bias of each layer, lowest first, the readout's weight and bias. */
+void lstm_pack(long hidden, long layers, float p, int back, const float *const *from, float scale, float *to) {
+  pack_forward(hidden, layers, features(p), from, scale, to);
+  if (back) pack_back(hidden, layers, features(p), from, to + forward_size(hidden, layers, features(p)));
+}
+
+/* ---- To and from a tile. One that is not full has zeros in the other columns. ---- */
+
+static inline void copy(float *restrict to, const float *restrict from, long n) {
+  if (n == TILE)
+    for (int v = 0; v < TILE; v += LANES) *(unaligned *)(to + v) = *(const unaligned *)(from + v);
+  else
+    for (long k = 0; k < n; k++) to[k] = from[k];
+}
+
+/* A row of a tile, the same row of the next one on its way: there are more rows than the processor foresees by itself. */
+static inline void load_row(float *restrict to, const float *restrict from, long n) {
+  if (n < TILE) memset(to, 0, TILE * sizeof(float));
+  copy(to, from, n);
+  __builtin_prefetch(from + TILE);
+  __builtin_prefetch(from + TILE + LANES);
+}
+
+/* m columns of the state's rows (h, c) of each layer, from `state` to h [units, TILE] and c [units, TILE]. */
+static void load(float *restrict h, float *restrict c, const float *restrict state, long stride, long hidden, long units,
+                 long m) {
+  for (long k = 0; k < units; k++) {
+    const float *row = state + (k + k / hidden * hidden) * stride;
+    load_row(h + k * TILE, row, m);
+    load_row(c + k * TILE, row + hidden * stride, m);
+  }
+}
+
+/* ---- One inner step, the state changed in place. ----
+ *
+ * A tile of coordinates goes through all layers before the next one is touched, so that the state is read and written
+ * once and all else stays in registers and the first cache. */
+
+/* With I = 1 + 2^i and so on, sigmoid(i) = 1 / I and tanh(g) = (2 - G) / G: the cell takes one reciprocal and the output
+ * another. */
+INLINE void unit(const float *restrict sums, float *restrict cell, float *restrict hidden) {
+  const vec *s = (const vec *)sums;
+  vec i = 1.0f + power_of_2(s[0], 40.0f), f = 1.0f + power_of_2(s[WIDE], 40.0f), o = 1.0f + power_of_2(s[2 * WIDE], 40.0f);
+  vec g = power_of_2(s[3 * WIDE], 40.0f), i_g = i * (1.0f + g);
+  vec c = (*(vec *)cell * i_g + f * (1.0f - g)) * reciprocal(f * i_g);
+  vec tau = power_of_2(c * (-2.0f * LOG2_E), 40.0f);
+  *(vec *)cell = c;
+  *(vec *)hidden = (1.0f - tau) * reciprocal(o * (1.0f + tau));
 }
 
 /* inputs: rows x, h of the lowest layer, h of the next, ...; a layer reads what is below and its own h, which are
  * adjacent, and writes its own h: the next layer's input. */
-static void tile_step(long hidden, long layers, long features, const float *restrict weights, float *restrict inputs,
+static void tile_step(long hidden, long layers, long of_gradient, const float *restrict weights, float *restrict inputs,
                       float *restrict cells, float *restrict sums, float *restrict update) {
   for (long layer = 0; layer < layers; layer++) {
-    long below = layer ? hidden : features;
-    for (long j = 0; j < hidden; j++)
-      weights = four_sums(weights, weights + 4, inputs, below + hidden, 0, 0, sums + 4 * j * TILE);
+    long below = layer ? hidden : of_gradient;
+    weights = all_sums(hidden, 1, weights, inputs, below + hidden, 0, 0, sums);
     inputs += below * TILE;
     for (long j = 0; j < hidden; j++, cells += TILE)
       for (int v = 0; v < TILE; v += LANES) unit(sums + 4 * j * TILE + v, cells + v, inputs + j * TILE + v);
@@ -119,106 +344,53 @@ static void tile_step(long hidden, long layers, long features, const float *rest
   }
 }
 
-static inline void copy(float *restrict to, const float *restrict from, long n) {
-  if (n == TILE)
-    for (int v = 0; v < TILE; v += LANES) *(unaligned *)(to + v) = *(const unaligned *)(from + v);
-  else
-    for (long k = 0; k < n; k++) to[k] = from[k];
-}
-
-/* m columns of the state's rows (h, c) of each layer, from `state` to h [units, TILE] and c [units, TILE]. */
-static void load(float *restrict h, float *restrict c, const float *restrict state, long stride, long hidden, long units,
-                 long m) {
-  for (long k = 0; k < units; k++) {
-    const float *row = state + (k + k / hidden * hidden) * stride;
-    copy(h + k * TILE, row, m);
-    copy(c + k * TILE, row + hidden * stride, m);
-    __builtin_prefetch(row + TILE); /* the next tile: there are more rows than the processor foresees by itself */
-    __builtin_prefetch(row + hidden * stride + TILE);
-  }
-}
-
-/* A column of weights, for the four gates; torch's order of gates is (i, f, g, o). */
-static float *put(float *restrict to, const float *restrict from, long j, long hidden, long columns, long k) {
-  *to++ = -LOG2_E * from[j * columns + k];
-  *to++ = -LOG2_E * from[(hidden + j) * columns + k];
-  *to++ = -LOG2_E * from[(3 * hidden + j) * columns + k];
-  *to++ = -2.0f * LOG2_E * from[(2 * hidden + j) * columns + k];
-  return to;
-}
-
-static void pack_weights(long hidden, long layers, long features, const float *const *from, float scale, float *to) {
-  for (long layer = 0; layer < layers; layer++, from += 3) {
-    long below = layer ? hidden : features;
-    for (long j = 0; j < hidden; j++) {
-      to = put(to, from[2], j, hidden, 1, 0);
-      for (long k = 0; k < below; k++) to = put(to, from[0], j, hidden, below, k);
-      for (long k = 0; k < hidden; k++) to = put(to, from[1], j, hidden, hidden, k);
-    }
-  }
-  *to++ = scale * from[1][0];
-  for (long j = 0; j < hidden; j++) *to++ = scale * from[0][j];
-}
-
-static long padded(long n, long to) { return (n + to - 1) / to * to; }
-
-/* Where the readout's weights are in what pack_weights writes. */
-static long readout_at(long hidden, long layers, long features) {
-  return layers * 4 * hidden * (1 + 2 * hidden) - 4 * hidden * (hidden - features);
-}
-
-static long packed_size(long hidden, long layers, long features) {
-  return padded(readout_at(hidden, layers, features) + 1 + hidden, 16);
-}
-
-static long tile_size(long hidden, long layers, long features) {
-  return (features + 2 * layers * hidden + 4 * hidden + 1) * TILE;
+static long step_size(long hidden, long layers, float p) {
+  return (1 + features(p) + 2 * layers * hidden + 4 * hidden + 1) * TILE;
 }
 
 /* Numbers of scratch that lstm_step needs with so many threads. */
-long lstm_scratch(long hidden, long layers, long features, long threads) {
-  return packed_size(hidden, layers, features) + threads * tile_size(hidden, layers, features);
-}
+long lstm_scratch(long hidden, long layers, float p, long threads) { return threads * step_size(hidden, layers, p); }
 
-/* features [features, n]; state rows (h, c) of each layer, `stride` numbers apart, n of each; update [n].
- * from: weight_ih, weight_hh and bias of each layer, the readout's weight and bias. scratch is aligned to 64 bytes. */
-void lstm_step(long n, long stride, long hidden, long layers, long features, const float *const *from, float scale,
-               const float *restrict x, float *restrict state, float *restrict update, long threads,
+/* weights: from lstm_pack. gradient [n]; state rows (h, c) of each layer, `stride` numbers apart, n of each; update [n].
+ * e_to_p: e^p. scratch is aligned to 64 bytes. */
+void lstm_step(long n, long stride, long hidden, long layers, float p, float e_to_p, const float *restrict weights,
+               const float *restrict gradient, float *restrict state, float *restrict update, long threads,
                float *restrict scratch) {
-  pack_weights(hidden, layers, features, from, scale, scratch);
-  float *tiles = scratch + packed_size(hidden, layers, features);
-  long size = tile_size(hidden, layers, features), count = (n + TILE - 1) / TILE;
-#pragma omp parallel for schedule(static) num_threads(threads) if (count > 8)
-  for (long tile = 0; tile < count; tile++) {
-    float *inputs = tiles + omp_get_thread_num() * size, *cells = inputs + (features + layers * hidden) * TILE;
-    float *sums = cells + layers * hidden * TILE, *out = sums + 4 * hidden * TILE;
-    long at = tile * TILE, m = n - at < TILE ? n - at : TILE;
-    if (m < TILE) memset(inputs, 0, size * sizeof(float));
-    for (long k = 0; k < features; k++) copy(inputs + k * TILE, x + k * n + at, m);
-    load(inputs + features * TILE, cells, state + at, stride, hidden, layers * hidden, m);
-    tile_step(hidden, layers, features, scratch, inputs, cells, sums, out);
-    for (long k = 0; k < layers * hidden; k++) {
-      float *h = state + (k + k / hidden * hidden) * stride + at;
-      copy(h, inputs + (features + k) * TILE, m);
-      copy(h + hidden * stride, cells + k * TILE, m);
+  long size = step_size(hidden, layers, p), units = layers * hidden, count = (n + TILE - 1) / TILE;
+#pragma omp parallel num_threads(threads) if (count > 8)
+  {
+    unsigned mode = flush_denormals();
+    float *given = scratch + omp_get_thread_num() * size, *inputs = given + TILE, *h = inputs + features(p) * TILE;
+    float *cells = h + units * TILE, *sums = cells + units * TILE, *out = sums + 4 * hidden * TILE;
+#pragma omp for schedule(static)
+    for (long tile = 0; tile < count; tile++) {
+      long at = tile * TILE, m = n - at < TILE ? n - at : TILE;
+      load_row(given, gradient + at, m);
+      preprocess(given, p, e_to_p, inputs);
+      load(h, cells, state + at, stride, hidden, units, m);
+      tile_step(hidden, layers, features(p), weights, inputs, cells, sums, out);
+      for (long k = 0; k < units; k++) {
+        float *row = state + (k + k / hidden * hidden) * stride + at;
+        copy(row, h + k * TILE, m);
+        copy(row + hidden * stride, cells + k * TILE, m);
+      }
+      copy(update + at, out, m);
     }
-    copy(update + at, out, m);
+    restore(mode);
   }
 }
 
 /* ---- The meta-gradient: a tile goes through all inner steps again and back, before the next one is touched. ----
  *
  * So its activations stay in the second cache. The gradients of the weights are summed over a tile in float, over tiles in
- * double. Rows of sums and of their gradients are ordered by unit, then gate (i, f, o, g). */
+ * double. */
 
 typedef struct {
   float i[TILE], f[TILE], o[TILE], g[TILE], tau[TILE], cell_before[TILE];
 } Kept;
 
-static inline vec sigmoid(vec exponent) { return 1.0f / (1.0f + power_of_2(exponent, 126.0f)); }
-
 /* As `unit`, but for what the way back needs. There a saturated gate's slope may meet a huge x: it has to vanish. */
-static inline void kept_unit(const float *restrict sums, float *restrict cell, float *restrict hidden, Kept *kept) {
+INLINE void kept_unit(const float *restrict sums, float *restrict cell, float *restrict hidden, Kept *kept) {
   for (int v = 0; v < TILE; v += LANES) {
     const vec *s = (const vec *)(sums + v);
     vec i = sigmoid(s[0]), f = sigmoid(s[WIDE]), o = sigmoid(s[2 * WIDE]), g = 2.0f * sigmoid(s[3 * WIDE]) - 1.0f;
@@ -236,8 +408,7 @@ static inline void kept_unit(const float *restrict sums, float *restrict cell, f
 }
 
 /* d_hidden, d_cell -> gradients of the unit's four sums, and d_cell of the step before */
-static inline void unit_backward(const Kept *kept, const float *restrict d_hidden, float *restrict d_cell,
-                                 float *restrict d_sums) {
+INLINE void unit_backward(const Kept *kept, const float *restrict d_hidden, float *restrict d_cell, float *restrict d_sums) {
   for (int v = 0; v < TILE; v += LANES) {
     vec i = *(vec *)(kept->i + v), f = *(vec *)(kept->f + v), o = *(vec *)(kept->o + v), g = *(vec *)(kept->g + v);
     vec tau = *(vec *)(kept->tau + v), d_h = *(vec *)(d_hidden + v);
@@ -250,64 +421,81 @@ static inline void unit_backward(const Kept *kept, const float *restrict d_hidde
   }
 }
 
-/* total [rows, columns] += d [rows, TILE] x [TILE, columns]; rows are a multiple of 4, columns of TILE. */
-static void add_product(long rows, long columns, const float *restrict d, const float *restrict x, float *restrict total) {
-  for (long r = 0; r < rows; r += 4)
-    for (long c = 0; c < columns; c += TILE) {
-      vec sum[4][WIDE];
-      for (int q = 0; q < 4; q++)
-        for (int v = 0; v < WIDE; v++) sum[q][v] = ((vec *)(total + (r + q) * columns + c))[v];
-      for (int t = 0; t < TILE; t++) {
-        vec in[WIDE];
-        for (int v = 0; v < WIDE; v++) in[v] = in_register(((vec *)(x + t * columns + c))[v]);
-        for (int q = 0; q < 4; q++)
-          for (int v = 0; v < WIDE; v++) sum[q][v] += ALL(d[(r + q) * TILE + t]) * in[v];
-      }
-      for (int q = 0; q < 4; q++)
-        for (int v = 0; v < WIDE; v++) ((vec *)(total + (r + q) * columns + c))[v] = sum[q][v];
+#ifdef __clang__
+#define SHUFFLED(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+#define SHUFFLED(a, b, ...) __builtin_shuffle(a, b, (ivec){__VA_ARGS__})
+#endif
+#if LANES == 16
+#define FIRST_HALVES 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23
+#define LAST_HALVES 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31
+#else
+#define FIRST_HALVES 0, 8, 1, 9, 2, 10, 3, 11
+#define LAST_HALVES 4, 12, 5, 13, 6, 14, 7, 15
+#endif
+
+/* Rows and columns of LANES vectors change places: each round brings row r and row r + LANES / 2 together, lane by lane. */
+INLINE void transpose(vec *rows) {
+  for (int round = 1; round < LANES; round *= 2) {
+    vec mixed[LANES];
+    for (int r = 0; r < LANES / 2; r++) {
+      mixed[2 * r] = SHUFFLED(rows[r], rows[r + LANES / 2], FIRST_HALVES);
+      mixed[2 * r + 1] = SHUFFLED(rows[r], rows[r + LANES / 2], LAST_HALVES);
     }
+    for (int r = 0; r < LANES; r++) rows[r] = mixed[r];
+  }
 }
 
-static void transpose(const float *restrict rows, long n, long columns, float *restrict to) {
-  for (long k = 0; k < n; k++)
-    for (int t = 0; t < TILE; t++) to[t * columns + k] = rows[k * TILE + t];
+/* What a layer reads, by coordinate: to [TILE, columns], the columns those below, the layer's own, a one, and zeros. */
+static void turn(const float *restrict in, long below, const float *restrict own, long hidden, long columns,
+                 float *restrict to) {
+  for (long c = 0; c < columns; c += LANES)
+    for (int v = 0; v < TILE; v += LANES) {
+      vec rows[LANES];
+      for (int q = 0; q < LANES; q++) {
+        long k = c + q, k_own = k - below;
+        if (k_own < hidden)
+          rows[q] = *(const vec *)((k < below ? in + k * TILE : own + k_own * TILE) + v);
+        else
+          rows[q] = ALL(k_own == hidden ? 1.0f : 0.0f);
+      }
+      transpose(rows);
+      for (int q = 0; q < LANES; q++) *(vec *)(to + (v + q) * columns + c) = rows[q];
+    }
 }
 
 /* Sizes, and where a thread has what it needs for a tile; numbers of the arrays in brackets. */
 typedef struct {
-  long hidden, layers, features, steps, units;
-  float *x;        /* [steps, features, TILE] */
-  float *states;   /* [steps + 1, units, TILE], h before each step and after the last */
-  float *cells;    /* [units, TILE], on the way back their gradients */
-  Kept *kept;      /* [steps, units] */
-  float *sums;     /* [4 hidden, TILE], on the way back their gradients */
-  float *d_hidden; /* [units, TILE] */
-  float *d_inputs; /* [2 hidden padded to 4, TILE] */
-  float *turned;   /* [TILE, 2 hidden + 1 + features padded], what a layer reads, by coordinate */
-  float *totals;   /* a layer: [4 hidden, columns(layer)]; the readout: [hidden + 1, TILE] */
+  long hidden, layers, of_gradient, steps, units;
+  float *gradients; /* [steps + 1, TILE] */
+  float *x;         /* [steps, of_gradient, TILE] */
+  float *states;    /* [steps + 1, units, TILE], h before each step and after the last */
+  float *cells;     /* [units, TILE], on the way back their gradients */
+  Kept *kept;       /* [steps, units] */
+  float *sums;      /* [4 hidden, TILE], on the way back their gradients */
+  float *d_hidden;  /* [units, TILE] */
+  float *d_inputs;  /* [2 hidden padded to 4, TILE] */
+  float *turned;    /* [TILE, 2 hidden + of_gradient + 1 padded] */
+  float *totals;    /* a layer: [4 hidden, columns(layer)]; the readout: [hidden + 1, TILE] */
   float *end;
 } Tile;
 
-static long below(const Tile *t, long layer) { return layer ? t->hidden : t->features; }
+static long below(const Tile *t, long layer) { return layer ? t->hidden : t->of_gradient; }
 static long fan_in(const Tile *t, long layer) { return below(t, layer) + t->hidden + 1; }
-static long columns(const Tile *t, long layer) { return padded(fan_in(t, layer), TILE); }
+static long columns(const Tile *t, long layer) { return padded(fan_in(t, layer), LANES); }
 
-/* Numbers of the weights that lead back from a layer's sums: to its own h, and in all but the lowest to the h below. */
-static long back_size(const Tile *t, long layer) {
-  return padded(layer ? 2 * t->hidden : t->hidden, 4) * 4 * t->hidden;
-}
-
-static Tile lay_out(long hidden, long layers, long features, long steps, float *at) {
-  Tile t = {hidden, layers, features, steps, layers * hidden};
-  t.x = at;
-  t.states = t.x + steps * features * TILE;
+static Tile lay_out(long hidden, long layers, float p, long steps, float *at) {
+  Tile t = {hidden, layers, features(p), steps, layers * hidden};
+  t.gradients = at;
+  t.x = t.gradients + (steps + 1) * TILE;
+  t.states = t.x + steps * t.of_gradient * TILE;
   t.cells = t.states + (steps + 1) * t.units * TILE;
   t.kept = (Kept *)(t.cells + t.units * TILE);
   t.sums = (float *)(t.kept + steps * t.units);
   t.d_hidden = t.sums + 4 * hidden * TILE;
   t.d_inputs = t.d_hidden + t.units * TILE;
   t.turned = t.d_inputs + padded(2 * hidden, 4) * TILE;
-  t.totals = t.turned + padded(2 * hidden + 1 + features, TILE) * TILE;
+  t.totals = t.turned + padded(2 * hidden + t.of_gradient + 1, LANES) * TILE;
   t.end = t.totals + (hidden + 1) * TILE;
   for (long layer = 0; layer < layers; layer++) t.end += 4 * hidden * columns(&t, layer);
   return t;
@@ -315,12 +503,11 @@ static Tile lay_out(long hidden, long layers, long features, long steps, float *
 
 static void tile_forward(const Tile *t, const float *weights) {
   for (long step = 0; step < t->steps; step++) {
-    const float *w = weights, *in = t->x + step * t->features * TILE;
+    const float *w = weights, *in = t->x + step * t->of_gradient * TILE;
     for (long layer = 0; layer < t->layers; layer++) {
       const float *own = t->states + (step * t->units + layer * t->hidden) * TILE;
       float *next = (float *)own + t->units * TILE;
-      for (long j = 0; j < t->hidden; j++)
-        w = four_sums(w, w + 4, in, below(t, layer), own, t->hidden, t->sums + 4 * j * TILE);
+      w = all_sums(t->hidden, 1, w, in, below(t, layer), own, t->hidden, t->sums);
       for (long j = 0; j < t->hidden; j++) {
         long unit = layer * t->hidden + j;
         kept_unit(t->sums + 4 * j * TILE, t->cells + unit * TILE, next + j * TILE, t->kept + step * t->units + unit);
@@ -345,104 +532,93 @@ static void readout_backward(const Tile *t, long step, const float *readout, con
 }
 
 static void layer_backward(const Tile *t, long step, long layer, const float *weights, float *total) {
-  long hidden = t->hidden, first = layer * hidden, width = columns(t, layer), from_below = below(t, layer);
+  long hidden = t->hidden, first = layer * hidden, width = columns(t, layer);
   float *d = t->d_hidden + first * TILE;
   for (long j = 0; j < hidden; j++)
     unit_backward(t->kept + step * t->units + first + j, d + j * TILE, t->cells + (first + j) * TILE, t->sums + 4 * j * TILE);
 
   const float *own = t->states + (step * t->units + first) * TILE;
-  const float *in = layer ? own + (t->units - hidden) * TILE : t->x + step * t->features * TILE;
-  transpose(in, from_below, width, t->turned);
-  transpose(own, hidden, width, t->turned + from_below);
-  for (int k = 0; k < TILE; k++)
-    for (long c = from_below + hidden; c < width; c++) t->turned[k * width + c] = c == from_below + hidden;
-  add_product(4 * hidden, width, t->sums, t->turned, total);
+  const float *in = layer ? own + (t->units - hidden) * TILE : t->x + step * t->of_gradient * TILE;
+  turn(in, below(t, layer), own, hidden, width, t->turned);
+  add_product(hidden, width, t->sums, t->turned, total);
 
   long outputs = layer ? 2 * hidden : hidden;
-  for (long k = 0; k < outputs; k += 4)
-    weights = four_sums(0, weights, t->sums, 4 * hidden, 0, 0, t->d_inputs + k * TILE);
+  all_sums((outputs + 3) / 4, 0, weights, t->sums, 4 * hidden, 0, 0, t->d_inputs);
   if (layer)
     for (long k = 0; k < hidden * TILE; k++) d[k - hidden * TILE] += t->d_inputs[k];
   memcpy(d, t->d_inputs + (outputs - hidden) * TILE, hidden * TILE * sizeof(float));
 }
 
-/* Weights for the way back, four columns of what a layer reads (below, own) at a time. */
-static void pack_back(const Tile *t, const float *const *from, float *to) {
-  static const int torch_gate[4] = {0, 1, 3, 2};
-  for (long layer = 0; layer < t->layers; layer++, from += 2) {
-    long of_below = below(t, layer), first = layer ? 0 : of_below, last = of_below + t->hidden;
-    const float *input = *from++;
-    for (long c = first; c < last; c += 4)
-      for (long row = 0; row < 4 * t->hidden; row++)
-        for (long k = c; k < c + 4; k++) {
-          long r = torch_gate[row % 4] * t->hidden + row / 4;
-          *to++ = k < of_below ? input[r * of_below + k] : k < last ? from[0][r * t->hidden + k - of_below] : 0;
-        }
+/* From the last inner step to the first; the cotangent of an update is the sum of all that comes after it. */
+static void tile_backward(const Tile *t, const float *readout, const float *back, const float *of_losses) {
+  float *of_readout = t->end - (t->hidden + 1) * TILE, cotangent[TILE] __attribute__((aligned(64))) = {0};
+  memset(t->cells, 0, t->units * TILE * sizeof(float));
+  memset(t->d_hidden, 0, t->units * TILE * sizeof(float));
+  memset(t->totals, 0, (t->end - t->totals) * sizeof(float));
+  for (long step = t->steps - 1; step >= 0; step--) {
+    for (int v = 0; v < TILE; v += LANES)
+      *(vec *)(cotangent + v) += of_losses[step] * *(vec *)(t->gradients + (step + 1) * TILE + v);
+    readout_backward(t, step, readout, cotangent, of_readout);
+    float *total = of_readout;
+    const float *weights = back;
+    for (long layer = 0; layer < t->layers; layer++) weights += back_size(t->hidden, layer);
+    for (long layer = t->layers - 1; layer >= 0; layer--) {
+      total -= 4 * t->hidden * columns(t, layer);
+      weights -= back_size(t->hidden, layer);
+      layer_backward(t, step, layer, weights, total);
+    }
   }
 }
 
+/* A tile's gradients to those of all, without the padding. */
+static void add_totals(const Tile *t, float scale, double *restrict to) {
+  const float *total = t->totals;
+  for (long layer = 0; layer < t->layers; layer++)
+    for (long row = 0; row < 4 * t->hidden; row++, total += columns(t, layer))
+      for (long k = 0; k < fan_in(t, layer); k++) *to++ += total[k];
+  for (long j = 0; j <= t->hidden; j++, to++, total += TILE)
+    for (int k = 0; k < TILE; k++) *to += scale * total[k];
+}
+
 /* Numbers of gradients: a layer's [4 hidden, fan_in] (below, own, bias), the readout's [hidden + 1] (weight, bias). */
-long lstm_gradient_size(long hidden, long layers, long features) {
-  Tile t = {hidden, layers, features};
+long lstm_gradient_size(long hidden, long layers, float p) {
+  Tile t = {hidden, layers, features(p)};
   long size = hidden + 1;
   for (long layer = 0; layer < layers; layer++) size += 4 * hidden * fan_in(&t, layer);
   return size;
 }
 
-static long weights_size(const Tile *t) {
-  long size = packed_size(t->hidden, t->layers, t->features);
-  for (long layer = 0; layer < t->layers; layer++) size += back_size(t, layer);
-  return padded(size, 16);
-}
-
 /* Numbers of scratch that lstm_gradients needs with so many threads. */
-long lstm_gradient_scratch(long hidden, long layers, long features, long steps, long threads) {
-  Tile t = lay_out(hidden, layers, features, steps, 0);
-  return weights_size(&t) + threads * (t.end - t.x);
+long lstm_gradient_scratch(long hidden, long layers, float p, long steps, long threads) {
+  Tile t = lay_out(hidden, layers, p, steps, 0);
+  return threads * (t.end - t.gradients);
 }
 
-/* x [steps, features, n], cotangents [steps, n], gradients [threads, lstm_gradient_size] to be added to; else as lstm_step. */
-void lstm_gradients(long n, long stride, long hidden, long layers, long features, long steps, const float *const *from,
-                    float scale, const float *restrict x, const float *restrict state, const float *restrict cotangents,
-                    double *restrict gradients, long threads, float *restrict scratch) {
-  Tile sizes = lay_out(hidden, layers, features, steps, 0);
-  float *back = scratch + packed_size(hidden, layers, features), *tiles = scratch + weights_size(&sizes);
-  pack_weights(hidden, layers, features, from, scale, scratch);
-  pack_back(&sizes, from, back);
-  const float *readout = scratch + readout_at(hidden, layers, features);
-  long count = (n + TILE - 1) / TILE, size = lstm_gradient_size(hidden, layers, features);
-#pragma omp parallel for schedule(static) num_threads(threads) if (count > 1)
-  for (long tile = 0; tile < count; tile++) {
-    long at = tile * TILE, m = n - at < TILE ? n - at : TILE;
-    Tile t = lay_out(hidden, layers, features, steps, tiles + omp_get_thread_num() * (sizes.end - sizes.x));
-    if (m < TILE) memset(t.x, 0, (t.end - t.x) * sizeof(float));
-    load(t.states, t.cells, state + at, stride, hidden, t.units, m);
-    for (long k = 0; k < steps * features; k++) copy(t.x + k * TILE, x + k * n + at, m);
-    tile_forward(&t, scratch);
-
-    memset(t.cells, 0, t.units * TILE * sizeof(float));
-    memset(t.d_hidden, 0, t.units * TILE * sizeof(float));
-    memset(t.totals, 0, (t.end - t.totals) * sizeof(float));
-    float *of_readout = t.end - (hidden + 1) * TILE;
-    for (long step = steps - 1; step >= 0; step--) {
-      float cotangent[TILE] __attribute__((aligned(64))) = {0};
-      copy(cotangent, cotangents + step * n + at, m);
-      readout_backward(&t, step, readout, cotangent, of_readout);
-      float *total = of_readout, *weights = back;
-      for (long layer = 0; layer < layers; layer++) weights += back_size(&t, layer);
-      for (long layer = layers - 1; layer >= 0; layer--) {
-        total -= 4 * hidden * columns(&t, layer);
-        weights -= back_size(&t, layer);
-        layer_backward(&t, step, layer, weights, total);
+/* gradients [steps + 1, n], of_losses [steps]: the weight of the loss after each step. state: before the first one.
+ * to [threads, lstm_gradient_size] is added to; all else as in lstm_step, the weights packed for the way back too. */
+void lstm_gradients(long n, long stride, long hidden, long layers, float p, float e_to_p, long steps, float scale,
+                    const float *restrict weights, const float *restrict gradients, const float *restrict of_losses,
+                    const float *restrict state, double *restrict to, long threads, float *restrict scratch) {
+  const float *readout = weights + readout_at(hidden, layers, features(p));
+  const float *back = weights + forward_size(hidden, layers, features(p));
+  long count = (n + TILE - 1) / TILE, size = lstm_gradient_scratch(hidden, layers, p, steps, 1);
+#pragma omp parallel num_threads(threads) if (count > 1)
+  {
+    unsigned mode = flush_denormals();
+    Tile t = lay_out(hidden, layers, p, steps, scratch + omp_get_thread_num() * size);
+    double *found = to + omp_get_thread_num() * lstm_gradient_size(hidden, layers, p);
+#pragma omp for schedule(static)
+    for (long tile = 0; tile < count; tile++) {
+      long at = tile * TILE, m = n - at < TILE ? n - at : TILE;
+      load(t.states, t.cells, state + at, stride, hidden, t.units, m);
+      for (long step = 0; step <= steps; step++) {
+        load_row(t.gradients + step * TILE, gradients + step * n + at, m);
+        if (step < steps) preprocess(t.gradients + step * TILE, p, e_to_p, t.x + step * t.of_gradient * TILE);
       }
+      tile_forward(&t, weights);
+      tile_backward(&t, readout, back, of_losses);
+      add_totals(&t, scale, found);
     }
-
-    double *to = gradients + omp_get_thread_num() * size;
-    const float *total = t.totals;
-    for (long layer = 0; layer < layers; layer++)
-      for (long row = 0; row < 4 * hidden; row++, total += columns(&t, layer))
-        for (long k = 0; k < fan_in(&t, layer); k++) *to++ += total[k];
-    for (long j = 0; j <= hidden; j++, to++)
-      for (int k = 0; k < TILE; k++) *to += scale * of_readout[j * TILE + k];
+    restore(mode);
   }
 }

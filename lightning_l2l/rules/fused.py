@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
+import math
 import os
 import platform
 import shutil
@@ -32,59 +33,73 @@ def fused_for(*like: Tensor) -> Any:
 
 
 class FusedLSTM:
-    """The compiled kernel and an LSTM rule's weights.
+    """The compiled kernel and an LSTM rule's weights, copied in the order in which it uses them.
 
     Args:
         library: What `fused_for` gave.
-        sizes: Hidden units H, layers, features.
+        sizes: Hidden units H, layers.
+        p: The p of `log_and_sign`; 0 where the rule sees the gradient itself.
         weights: Of each layer, lowest first, weight_ih `[4 H, in]`, weight_hh `[4 H, H]` and bias `[4 H]`; of the
             readout, weight `[1, H]` and bias `[1]`.
         scale: Factor on the readout.
+        back: Whether `gradients` will be wanted.
     """
 
-    def __init__(self, library: Any, sizes: tuple[int, int, int], weights: Sequence[Tensor], scale: float) -> None:
-        self.library, self.sizes, self.scale = library, sizes, scale
-        self.weights = [weight.contiguous() for weight in weights]
-        self.pointers = (ctypes.c_void_p * len(weights))(*(weight.data_ptr() for weight in self.weights))
+    def __init__(
+        self,
+        library: Any,
+        sizes: tuple[int, int],
+        p: float,
+        weights: Sequence[Tensor],
+        scale: float,
+        *,
+        back: bool = False,
+    ) -> None:
+        self.library, self.scale = library, scale
+        self.sizes = (*sizes, p)
+        self.rule = (*self.sizes, math.exp(p))
+        given = [weight.detach().contiguous() for weight in weights]
+        self.weights = given[0].new_empty(library.lstm_packed_size(*self.sizes, back))
+        pointers = (ctypes.c_void_p * len(given))(*(weight.data_ptr() for weight in given))
+        library.lstm_pack(*self.sizes, back, pointers, scale, self.weights.data_ptr())
 
-    def step_(self, x: Tensor, state: Tensor) -> Tensor:
+    def step_(self, gradient: Tensor, state: Tensor) -> Tensor:
         """One inner step, the state changed in place.
 
         Args:
-            x: Features `[features, num_coordinates]`, contiguous.
+            gradient: `[num_coordinates]`, contiguous.
             state: `[2 * H * layers, num_coordinates]`, rows (h, c) a layer; only columns must be adjacent.
 
         Returns:
             The update `[num_coordinates]`.
         """
-        threads, update = torch.get_num_threads(), x.new_empty(x.shape[1])
-        scratch = x.new_empty(self.library.lstm_scratch(*self.sizes, threads))
-        where = (x.data_ptr(), state.data_ptr(), update.data_ptr(), threads, scratch.data_ptr())
-        self.library.lstm_step(x.shape[1], state.stride(0), *self.sizes, self.pointers, self.scale, *where)
+        threads, update = torch.get_num_threads(), torch.empty_like(gradient)
+        scratch = gradient.new_empty(self.library.lstm_scratch(*self.sizes, threads))
+        where = (gradient.data_ptr(), state.data_ptr(), update.data_ptr(), threads, scratch.data_ptr())
+        self.library.lstm_step(len(gradient), state.stride(0), *self.rule, self.weights.data_ptr(), *where)
         return update
 
-    def gradients(self, x: Tensor, state: Tensor, cotangents: Tensor) -> list[Tensor]:
-        """Gradient of sum(cotangents * updates) over a truncation, the features counted as constants.
+    def gradients(self, gradients: Tensor, weights: Sequence[float], state: Tensor) -> list[Tensor]:
+        """As `RuleUnroll.gradients`, for a truncation that began with `state`; in the order of the weights.
 
         Args:
-            x: Features of all inner steps, `[num_steps, features, num_coordinates]`, contiguous.
-            state: Before the first of them, as in `step_`.
-            cotangents: `[num_steps, num_coordinates]`, contiguous.
-
-        Returns:
-            In the order of `weights`.
+            gradients: `[num_steps + 1, num_coordinates]`, contiguous.
+            weights: `num_steps` of them.
+            state: As in `step_`.
         """
-        (num_steps, size), threads = cotangents.shape, torch.get_num_threads()
-        scratch = x.new_empty(self.library.lstm_gradient_scratch(*self.sizes, num_steps, threads))
-        parts = x.new_zeros(threads, self.library.lstm_gradient_size(*self.sizes), dtype=torch.float64)
-        where = (x.data_ptr(), state.data_ptr(), cotangents.data_ptr(), parts.data_ptr(), threads, scratch.data_ptr())
-        arguments = (size, state.stride(0), *self.sizes, num_steps, self.pointers, self.scale, *where)
-        self.library.lstm_gradients(*arguments)
-        return self._unpack(parts.sum(0).to(x.dtype))
+        threads, num_steps, of_losses = torch.get_num_threads(), len(weights), gradients.new_tensor(weights)
+        scratch = gradients.new_empty(self.library.lstm_gradient_scratch(*self.sizes, num_steps, threads))
+        parts = gradients.new_zeros(threads, self.library.lstm_gradient_size(*self.sizes), dtype=torch.float64)
+        tensors = (self.weights, gradients, of_losses, state, parts)
+        arguments = (gradients.shape[1], state.stride(0), *self.rule, num_steps, self.scale)
+        where = (*(tensor.data_ptr() for tensor in tensors), threads, scratch.data_ptr())
+        self.library.lstm_gradients(*arguments, *where)
+        return self._unpack(parts.sum(0).to(gradients.dtype))
 
     def _unpack(self, total: Tensor) -> list[Tensor]:
         """From a row for each unit and gate (i, f, o, g), of what is below, the unit's own layer and the bias."""
-        hidden, num_layers, features = self.sizes
+        hidden, num_layers, p = self.sizes
+        features = 2 if p else 1
         found: list[Tensor] = []
         for layer in range(num_layers):
             below = hidden if layer else features
@@ -102,13 +117,20 @@ def _library() -> Any:
     try:
         library = ctypes.CDLL(str(_compiled()))
         # Bound to torch's own OpenMP, already loaded, so that its number of threads holds here too.
-        pointer, size, scale = ctypes.c_void_p, ctypes.c_long, ctypes.c_float
-        library.lstm_step.argtypes = [*[size] * 5, pointer, scale, *[pointer] * 3, size, pointer]
-        library.lstm_gradients.argtypes = [*[size] * 6, pointer, scale, *[pointer] * 4, size, pointer]
-        library.lstm_step.restype = library.lstm_gradients.restype = None
-        for name, arguments in (("lstm_scratch", 4), ("lstm_gradient_scratch", 5), ("lstm_gradient_size", 3)):
+        size, real, pointer, yes = ctypes.c_long, ctypes.c_float, ctypes.c_void_p, ctypes.c_int
+        sizes = [size, size, real]
+        signatures: dict[str, tuple[Any, list[Any]]] = {
+            "lstm_packed_size": (size, [*sizes, yes]),
+            "lstm_pack": (None, [*sizes, yes, pointer, real, pointer]),
+            "lstm_scratch": (size, [*sizes, size]),
+            "lstm_step": (None, [size, size, *sizes, real, *[pointer] * 4, size, pointer]),
+            "lstm_gradient_size": (size, sizes),
+            "lstm_gradient_scratch": (size, [*sizes, size, size]),
+            "lstm_gradients": (None, [size, size, *sizes, real, size, real, *[pointer] * 5, size, pointer]),
+        }
+        for name, (result, arguments) in signatures.items():
             function = getattr(library, name)
-            function.argtypes, function.restype = [size] * arguments, size
+            function.restype, function.argtypes = result, arguments
         return library
     except (OSError, subprocess.SubprocessError, AttributeError):
         return None

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from lightning_l2l.rules.base import Memory, RuleUnroll, UpdateRule, block_size, blocks
+from lightning_l2l.rules.base import Memory, RuleUnroll, UpdateRule, block_size, blocks, cotangents
 from lightning_l2l.rules.fused import FusedLSTM, fused_for
 from lightning_l2l.rules.lstm_kernel import Block, LSTMShape, Scratch, pack, step_in_place, unpack_gradients
 from lightning_l2l.rules.preprocessing import PREPROCESSING
@@ -123,19 +124,19 @@ class CoordinatewiseLSTM(UpdateRule):
         update = functional.linear(x.t(), self.readout.weight, self.readout.bias)[:, 0]
         return self.output_scale * update, torch.cat(after)
 
-    def fused(self, library: Any, *, copy: bool = False) -> FusedLSTM:
-        """The compiled kernel with this rule's weights, or with a copy of them as they are now."""
-        weights = [weight.detach() for layer in self.layers() for weight in layer]
-        weights += [self.readout.weight.detach(), self.readout.bias.detach()]
-        weights = [weight.clone() for weight in weights] if copy else weights
-        return FusedLSTM(library, (self.hidden_size, self.num_layers, self._input_size), weights, self.output_scale)
+    def fused(self, library: Any, *, back: bool = False) -> FusedLSTM:
+        """The compiled kernel with this rule's weights as they are now; `back` for the backward pass too."""
+        weights = [weight for layer in self.layers() for weight in layer]
+        weights += [self.readout.weight, self.readout.bias]
+        p = self.p if self.preprocessing == "log_and_sign" else 0.0
+        return FusedLSTM(library, (self.hidden_size, self.num_layers), p, weights, self.output_scale, back=back)
 
     @torch.no_grad()
     def step_(self, gradient: Tensor, state: Tensor) -> Tensor:
         """See `UpdateRule.step_`; compiled where it can be."""
         library = fused_for(self.readout.weight, gradient, state)
         if library and state.stride(1) == 1:
-            return self.fused(library).step_(self.preprocess(gradient).contiguous(), state)
+            return self.fused(library).step_(gradient.contiguous(), state)
         packed = pack(self.shape, self.layers(), (self.readout.weight, self.readout.bias), self.output_scale)
         update = torch.empty_like(gradient)
         for part in blocks(len(gradient), block_size(gradient)):
@@ -158,7 +159,7 @@ class CoordinatewiseLSTM(UpdateRule):
         """
         library = fused_for(self.readout.weight)
         if library:
-            return _FusedUnroll(self, library, num_coordinates, num_steps)
+            return _FusedUnroll(self, library, num_steps)
         if memory == "auto":
             kept = num_coordinates * num_steps * self.shape.floats_per_step() * self.readout.weight.element_size()
             memory = "fast" if kept <= budget else "flat"
@@ -166,34 +167,23 @@ class CoordinatewiseLSTM(UpdateRule):
 
 
 class _FusedUnroll(RuleUnroll):
-    """The compiled kernel: what is kept of an inner step is the features alone."""
+    """The compiled kernel: nothing is kept of an inner step; the backward pass has the buffers of one tile a thread."""
 
-    def __init__(self, rule: CoordinatewiseLSTM, library: Any, num_coordinates: int, num_steps: int) -> None:
-        like = rule.readout.weight.detach()
+    def __init__(self, rule: CoordinatewiseLSTM, library: Any, num_steps: int) -> None:
         self.rule, self.library, self.num_steps = rule, library, num_steps
-        self.features = like.new_empty(num_steps, rule.shape.input_size, num_coordinates)
-        self.first = like.new_empty(rule.state_size, num_coordinates)
-        self.state = torch.empty_like(self.first)
 
     def begin(self, state: Tensor) -> None:
-        self.fused = self.rule.fused(self.library, copy=True)
-        self.first.copy_(state)
-        self.state.copy_(state)
+        self.fused = self.rule.fused(self.library, back=True)
+        self.first, self.state = state.clone(), state
         self.count = 0
 
-    @torch.no_grad()
     def step(self, gradient: Tensor) -> Tensor:
-        x = self.features[self.count]
-        x.copy_(self.rule.preprocess(gradient))
         self.count += 1
-        return self.fused.step_(x, self.state)
+        return self.fused.step_(gradient, self.state)
 
-    def finish(self, state: Tensor) -> None:
-        state.copy_(self.state)
-
-    def gradients(self, cotangents: Tensor) -> list[Tensor]:
+    def gradients(self, gradients: Tensor, weights: Sequence[float]) -> list[Tensor]:
         _check_count(self.count, self.num_steps)
-        return self.fused.gradients(self.features, self.first, cotangents.contiguous())
+        return self.fused.gradients(gradients, weights, self.first)
 
 
 def _check_count(count: int, num_steps: int) -> None:
@@ -204,7 +194,7 @@ def _check_count(count: int, num_steps: int) -> None:
 class _LSTMUnroll(RuleUnroll):
     """`lstm_kernel` over blocks of coordinates.
 
-    Flat: nothing is kept of an inner step but its gradient; the backward pass has the buffers of one block at a time.
+    Flat: nothing is kept of an inner step; the backward pass has the buffers of one block at a time.
     """
 
     def __init__(
@@ -217,9 +207,7 @@ class _LSTMUnroll(RuleUnroll):
         self.updates = [self.update[:, part] for part in self.parts]
         self.scratch: dict[int, Scratch] = {}
         self.shared: dict[int, Block] = {}
-        if flat:
-            self.inputs = like.new_empty(num_steps, num_coordinates)
-        else:
+        if not flat:
             self.kept = [self._block(part.stop - part.start) for part in self.parts]
 
     def _block(self, size: int) -> Block:
@@ -236,9 +224,9 @@ class _LSTMUnroll(RuleUnroll):
     def begin(self, state: Tensor) -> None:
         rule = self.rule
         self.weights = pack(self.shape, rule.layers(), (rule.readout.weight, rule.readout.bias), rule.output_scale)
-        self.count = 0
+        self.count, self.state = 0, state
         if self.flat:
-            self.first, self.state = state.clone(), state.clone()
+            self.first = state.clone()
             return
         for part, block in zip(self.parts, self.kept, strict=True):
             block.load(state[:, part])
@@ -247,25 +235,19 @@ class _LSTMUnroll(RuleUnroll):
     def step(self, gradient: Tensor) -> Tensor:
         x = self.rule.preprocess(gradient)
         if self.flat:
-            self.inputs[self.count].copy_(gradient)
             for part, update in zip(self.parts, self.updates, strict=True):
                 update[0] = step_in_place(self.shape, self.weights, x[:, part], self.state[:, part])
         else:
             for part, update, block in zip(self.parts, self.updates, self.kept, strict=True):
                 block.forward(self.count, x[:, part], self.weights, update)
         self.count += 1
+        if not self.flat and self.count == self.num_steps:
+            for part, block in zip(self.parts, self.kept, strict=True):
+                block.store(self.count, self.state[:, part])
         return self.update[0]
 
     @torch.no_grad()
-    def finish(self, state: Tensor) -> None:
-        if self.flat:
-            state.copy_(self.state)
-            return
-        for part, block in zip(self.parts, self.kept, strict=True):
-            block.store(self.count, state[:, part])
-
-    @torch.no_grad()
-    def gradients(self, cotangents: Tensor) -> list[Tensor]:
+    def gradients(self, gradients: Tensor, weights: Sequence[float]) -> list[Tensor]:
         _check_count(self.count, self.num_steps)
         total = self.shape.zero_gradients(self.like)
         for index, part in enumerate(self.parts):
@@ -273,9 +255,9 @@ class _LSTMUnroll(RuleUnroll):
                 block = self._shared(part.stop - part.start)
                 block.load(self.first[:, part])
                 for step in range(self.num_steps):
-                    block.forward(step, self.rule.preprocess(self.inputs[step, part]), self.weights, None)
+                    block.forward(step, self.rule.preprocess(gradients[step, part]), self.weights, None)
             else:
                 block = self.kept[index]
-            block.backward(cotangents[:, part], self.weights, total)
+            block.backward(cotangents(gradients[:, part], weights), self.weights, total)
         layers, readout = unpack_gradients(self.shape, total, self.rule.output_scale)
         return [*(gradient for layer in layers for gradient in layer), *readout]

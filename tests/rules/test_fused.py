@@ -13,11 +13,12 @@ from lightning_l2l.rules import CoordinatewiseLSTM, fused, lstm
 compiler = pytest.mark.skipif(shutil.which(os.environ.get("CC", "cc")) is None, reason="no C compiler here")
 
 
-def run(rule, gradients, cotangents, memory):
-    unroller = rule.unroller(gradients.shape[1], len(gradients), memory=memory, block=900)
+def run(rule, gradients, memory, weights=None):
+    *fed, _ = gradients
+    unroller = rule.unroller(gradients.shape[1], len(fed), memory=memory, block=900)
     unroller.begin(rule.init_state(gradients.shape[1]))
-    updates = torch.stack([unroller.step(g).clone() for g in gradients])
-    return [updates, *unroller.gradients(cotangents)]
+    updates = torch.stack([unroller.step(g).clone() for g in fed])
+    return [updates, *unroller.gradients(gradients, weights or [1.0] * len(fed))]
 
 
 @compiler
@@ -27,10 +28,10 @@ def test_compiled_and_plain_agree(monkeypatch, num_layers, memory):
     assert fused.fused_for(torch.empty(0)) is not None
     torch.manual_seed(0)
     rule = CoordinatewiseLSTM(num_layers=num_layers)
-    gradients, cotangents = torch.randn(20, 2000) * 0.1, torch.randn(20, 2000)
-    compiled = run(rule, gradients, cotangents, memory)
+    gradients, weights = torch.randn(21, 2000) * 0.1, torch.randn(20).tolist()
+    compiled = run(rule, gradients, memory, weights)
     monkeypatch.setattr(lstm, "fused_for", lambda *like: None)
-    plain = run(rule, gradients, cotangents, memory)
+    plain = run(rule, gradients, memory, weights)
     torch.testing.assert_close(compiled[0], plain[0], rtol=1e-5, atol=1e-7)
     for a, b in zip(compiled[1:], plain[1:], strict=True):
         assert (a - b).norm() < 1e-5 * b.norm()
@@ -41,16 +42,32 @@ def test_compiled_and_plain_agree(monkeypatch, num_layers, memory):
 def test_compiled_saturates_as_plain_does_and_lets_nan_through(monkeypatch, preprocessing):
     torch.manual_seed(0)
     rule = CoordinatewiseLSTM(preprocessing=preprocessing)
-    gradients = torch.tensor([0.0, 1e-30, -3.0, 80.0, -80.0, 1e30, -1e30]).repeat(5, 5)
-    cotangents = torch.randn(5, gradients.shape[1])
-    compiled = run(rule, gradients, cotangents, "flat")
+    gradients = torch.tensor([0.0, 1e-30, -3.0, 80.0, -80.0, 1e30, -1e30]).repeat(6, 5)
+    gradients[-1] = torch.randn(35)  # the only one that counts: the others are too large to be multiplied
+    weights = [0.0, 0.0, 0.0, 0.0, 1.0]
+    compiled = run(rule, gradients, "flat", weights)
     broken = gradients.clone()
     broken[2, 33] = torch.nan
-    updates, *found = run(rule, broken, cotangents, "flat")
+    updates, *found = run(rule, broken, "flat", weights)
     assert updates[2:, 33].isnan().all() and updates.isnan().sum() == 3
-    assert [gradient.isnan().any().item() for gradient in found] == [True] * 7 + [False]  # of the bias of the readout
+    assert all(gradient.isnan().any() for gradient in found)
     monkeypatch.setattr(lstm, "fused_for", lambda *like: None)
-    plain = run(rule, gradients, cotangents, "flat")
+    plain = run(rule, gradients, "flat", weights)
+    torch.testing.assert_close(compiled[0], plain[0], rtol=1e-5, atol=1e-7)
+    for a, b in zip(compiled[1:], plain[1:], strict=True):
+        assert (a - b).norm() < 1e-5 * b.norm()
+
+
+@compiler
+@pytest.mark.parametrize("preprocessing", ["identity", "log_and_sign"])
+def test_compiled_counts_denormals_as_zero_and_leaves_others_theirs(monkeypatch, preprocessing):
+    torch.manual_seed(0)
+    rule = CoordinatewiseLSTM(preprocessing=preprocessing)
+    gradients = torch.randn(21, 500) * torch.logspace(0, -45, 500)  # an unroll is slow where it meets many of these
+    compiled = run(rule, gradients, "flat")
+    assert (torch.full((500,), 1e-40) * 0.5).count_nonzero() == 500
+    monkeypatch.setattr(lstm, "fused_for", lambda *like: None)
+    plain = run(rule, gradients, "flat")
     torch.testing.assert_close(compiled[0], plain[0], rtol=1e-5, atol=1e-7)
     for a, b in zip(compiled[1:], plain[1:], strict=True):
         assert (a - b).norm() < 1e-5 * b.norm()
@@ -59,15 +76,15 @@ def test_compiled_saturates_as_plain_does_and_lets_nan_through(monkeypatch, prep
 @compiler
 def test_compiled_goes_by_the_weights_of_the_beginning():
     torch.manual_seed(0)
-    rule, gradients, cotangents = CoordinatewiseLSTM(), torch.randn(3, 40), torch.randn(3, 40)
-    wanted = run(rule, gradients, cotangents, "flat")
+    rule, gradients = CoordinatewiseLSTM(), torch.randn(4, 40)
+    wanted = run(rule, gradients, "flat")
     unroller = rule.unroller(40, 3)
     unroller.begin(rule.init_state(40))
     with torch.no_grad():
         for parameter in rule.parameters():
             parameter.zero_()
-    assert torch.equal(torch.stack([unroller.step(g).clone() for g in gradients]), wanted[0])
-    for a, b in zip(unroller.gradients(cotangents), wanted[1:], strict=True):
+    assert torch.equal(torch.stack([unroller.step(g).clone() for g in gradients[:-1]]), wanted[0])
+    for a, b in zip(unroller.gradients(gradients, [1.0] * 3), wanted[1:], strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
 
 
