@@ -13,10 +13,12 @@ from typing import Any, ClassVar, Literal
 import torch
 from lightning.pytorch import LightningDataModule
 from torch import Tensor, distributed
-from torch.utils.data import DataLoader, Dataset, DistributedSampler
+from torch.utils.data import DataLoader, Dataset, DistributedSampler, default_collate, get_worker_info
+
+from lightning_l2l.data.minibatches import Minibatches
 
 Stage = Literal["train", "val", "test"]
-Sample = dict[str, Tensor]
+Sample = dict[str, Tensor | Minibatches]
 
 
 def check_at_least(minimum: int, **sizes: int | None) -> None:
@@ -181,7 +183,7 @@ class EpisodeDataModule(LightningDataModule, ABC):
             generator: CPU generator, seeded for this task; the only source of randomness allowed.
 
         Returns:
-            Tensors by name, without a dimension for the tasks.
+            Tensors, or `Minibatches` in place of them, by name, without a dimension for the tasks.
         """
 
     def setup(self, stage: str = "") -> None:
@@ -226,6 +228,7 @@ class EpisodeDataModule(LightningDataModule, ABC):
         return dict(
             batch_size=batch_size,
             sampler=sampler,
+            collate_fn=_side_by_side,
             num_workers=self.num_workers,
             persistent_workers=self.num_workers > 0,
             pin_memory=torch.cuda.is_available(),
@@ -268,6 +271,19 @@ class _Episodes(Dataset[Sample]):
             sample["seed"] = torch.tensor(task_seed(self.data.seed, f"{self.stage}/start", epoch, index))
             samples.append(sample)
         return samples
+
+
+def _side_by_side(samples: list[Sample]) -> Sample:
+    """The samples of several tasks as those of a batch; a worker hands over no pool, but what was drawn from it."""
+    drawn = get_worker_info() is not None
+    batch: Sample = {}
+    for name, first in samples[0].items():
+        values: list[Any] = [sample[name] for sample in samples]
+        if isinstance(first, Minibatches):
+            batch[name] = Minibatches.stack(values)[:] if drawn else Minibatches.stack(values)
+        else:
+            batch[name] = default_collate(values)
+    return batch
 
 
 def _is_distributed() -> bool:

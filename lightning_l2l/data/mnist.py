@@ -7,6 +7,7 @@ from torch import Tensor
 
 from lightning_l2l.data import idx
 from lightning_l2l.data.episodes import EpisodeDataModule, Sample, Stage, check_at_least
+from lightning_l2l.data.minibatches import Minibatches, Pool
 
 _SIZE = 28  # height and width of an image, in pixels
 _NUM_CLASSES = 10
@@ -18,8 +19,9 @@ class MNISTDataModule(EpisodeDataModule):
 
     A batch has `"inputs"`, uint8 in [0, 255], `[num_tasks, num_steps + 1, batch_size, 28, 28]`, `"targets"`,
     uint8 in [0, 9], `[num_tasks, num_steps + 1, batch_size]`, and `"seed"`, int64 `[num_tasks]`. Minibatch t
-    is used at theta_t for t = 0, ..., num_steps, hence one more than steps. Images stay bytes: 10 MB a task
-    at 100 steps of 128 images.
+    is used at theta_t for t = 0, ..., num_steps, hence one more than steps. Both are `Minibatches`, cut out of
+    the stage's images when they are asked for, so that an episode may be long: 8 bytes an image and step. (With
+    `num_workers`, whose part it is to draw ahead, they are tensors: 10 MB a task at 100 steps of 128 images.)
 
     A validation or test batch has, besides, images which the task's minibatches never use: `"unseen_inputs"`,
     uint8 in [0, 255], `[num_tasks, num_unseen, 28, 28]`, and `"unseen_targets"`, uint8 in [0, 9],
@@ -80,7 +82,7 @@ class MNISTDataModule(EpisodeDataModule):
         self.batch_size = batch_size
         self.download = download
         self.num_unseen = num_unseen
-        self._digits: dict[Stage, tuple[Tensor, Tensor]] = {}  # images [n, 28, 28] and labels [n] of each stage
+        self._digits: dict[Stage, tuple[Pool, Pool]] = {}  # images [n, 28, 28] and labels [n] of each stage
 
     def prepare_data(self) -> None:
         """Downloads the files that are missing; runs on one process of each machine.
@@ -111,7 +113,7 @@ class MNISTDataModule(EpisodeDataModule):
         }
         for name, (images, _) in digits.items():
             self._check_enough(name, len(images))
-        self._digits = digits
+        self._digits = {name: (Pool(images), Pool(labels)) for name, (images, labels) in digits.items()}
 
     def sample(self, stage: Stage, generator: torch.Generator) -> Sample:
         """Draws `num_steps + 1` minibatches without replacement and, except for training, the images set aside.
@@ -124,19 +126,19 @@ class MNISTDataModule(EpisodeDataModule):
             raise RuntimeError("the images are not there yet; call prepare_data() and setup() first")
         images, labels = self._digits[stage]
         num_unseen = self._num_set_aside(stage)
-        unseen, seen = torch.randperm(len(images), generator=generator).tensor_split([num_unseen])
+        unseen, seen = torch.randperm(len(images.examples), generator=generator).tensor_split([num_unseen])
         per_permutation = len(seen) // self.batch_size
         num_fresh = -(-(self.num_steps + 1) // per_permutation) - 1
-        permutations = [seen] + [seen[torch.randperm(len(seen), generator=generator)] for _ in range(num_fresh)]
-        order = torch.cat([permutation[: per_permutation * self.batch_size] for permutation in permutations])
-        order = order[: (self.num_steps + 1) * self.batch_size]
-        shape = (self.num_steps + 1, self.batch_size)
-        # index_select copies whole images: ten times as fast as `images[order]`.
-        inputs = images.index_select(0, order).view(*shape, _SIZE, _SIZE)
-        sample = {"inputs": inputs, "targets": labels.index_select(0, order).view(shape)}
+        order = torch.empty(1 + num_fresh, per_permutation, self.batch_size, dtype=torch.int32)
+        order[0] = seen[: order[0].numel()].view_as(order[0])
+        for fresh in order[1:]:
+            permutation = seen[torch.randperm(len(seen), generator=generator)]
+            fresh.copy_(permutation[: fresh.numel()].view_as(fresh))
+        order = order.flatten(0, 1)[: self.num_steps + 1].clone()  # a view would keep all of it
+        sample: Sample = {"inputs": Minibatches(images, order), "targets": Minibatches(labels, order)}
         if num_unseen:
-            sample["unseen_inputs"] = images.index_select(0, unseen)
-            sample["unseen_targets"] = labels.index_select(0, unseen)
+            sample["unseen_inputs"] = images.examples.index_select(0, unseen)
+            sample["unseen_targets"] = labels.examples.index_select(0, unseen)
         return sample
 
     def _num_set_aside(self, stage: Stage) -> int:
