@@ -124,14 +124,17 @@ def rollout(make_optimizer: MakeOptimizer, task: Task, batch: Batch, num_steps: 
     leaves = {name: p.requires_grad_() for name, p in params.items()}
     optimizer = make_optimizer(list(leaves.values()))
     num_tasks = len(batch["seed"])
-    losses = []
+    losses = torch.empty(0)
     start = time.perf_counter()
     with torch.enable_grad():
         for t in range(num_steps + 1):
             per_task = task.loss({**leaves, **buffers}, batch, t)
             if t == 0:
                 check_losses(per_task, num_tasks, at_start=True)
-            losses.append(per_task.detach())
+                losses = per_task.detach().new_empty(
+                    num_steps + 1, num_tasks
+                )  # not many small ones, which fragment the heap
+            losses[t] = per_task.detach()
             if t < num_steps:
                 optimizer.zero_grad()
                 # The sum: each task's gradient is its own, untouched by how many tasks lie beside it.
@@ -140,9 +143,8 @@ def rollout(make_optimizer: MakeOptimizer, task: Task, batch: Batch, num_steps: 
     if device.type != "cpu":
         torch.accelerator.synchronize(device)  # the clock must not stop before the device does
     seconds = time.perf_counter() - start
-    stacked = torch.stack(losses)
     unseen = task.unseen({**{name: p.detach() for name, p in leaves.items()}, **buffers}, batch)
-    return Rollout(stacked.masked_fill_(~stacked.isfinite(), math.inf), unseen, seconds)
+    return Rollout(losses.masked_fill_(~losses.isfinite(), math.inf), unseen, seconds)
 
 
 @dataclass(frozen=True)

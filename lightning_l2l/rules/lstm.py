@@ -161,7 +161,7 @@ class CoordinatewiseLSTM(UpdateRule):
         if library:
             return _FusedUnroll(self, library, num_steps)
         if memory == "auto":
-            kept = num_coordinates * num_steps * self.shape.floats_per_step() * self.readout.weight.element_size()
+            kept = num_coordinates * self.shape.floats_kept(num_steps) * self.readout.weight.element_size()
             memory = "fast" if kept <= budget else "flat"
         return _LSTMUnroll(self, num_coordinates, num_steps, flat=memory == "flat", block=block)
 

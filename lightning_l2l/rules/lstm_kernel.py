@@ -55,9 +55,10 @@ class LSTMShape(NamedTuple):
         """Rows of an input buffer, so many that every layer finds its own padded."""
         return max(self.row(layer) + _padded(self.fan_in(layer)) for layer in range(self.num_layers))
 
-    def floats_per_step(self) -> int:
-        """Numbers kept for one coordinate and one inner step until the backward pass."""
-        return self.num_rows + 6 * self.hidden_size * self.num_layers
+    def floats_kept(self, num_steps: int) -> int:
+        """Numbers kept for one coordinate over so many inner steps until the backward pass."""
+        waves = num_steps + self.num_layers - 1
+        return (waves + 1) * self.num_rows + (6 * waves + 1) * self.hidden_size * self.num_layers
 
     def zero_gradients(self, like: Tensor) -> list[Tensor]:
         """What `Block.backward` adds to: a layer's `[1 + 4 H, padded fan_in]`; the top one's row 0 is the readout's."""

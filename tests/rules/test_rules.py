@@ -116,10 +116,16 @@ def test_float32_stays_close_to_float64():
         assert (a.double() - b).norm() < 1e-5 * b.norm()
 
 
+def tensors(block):
+    return [block.x[0], block.cells[0][0], block.steps[0][0].gates]
+
+
 def test_auto_memory_goes_by_its_budget():
     rule = CoordinatewiseLSTM().double()  # compiled, activations are never kept
-    kept = 1000 * 20 * rule.shape.floats_per_step() * 8
-    assert not rule.unroller(1000, 20, budget=kept).flat
+    kept = 1000 * rule.shape.floats_kept(20) * 8
+    unroller = rule.unroller(1000, 20, budget=kept)
+    held = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for b in unroller.kept for t in tensors(b)}
+    assert not unroller.flat and sum(held.values()) == kept
     assert rule.unroller(1000, 20, budget=kept - 1).flat
 
 
