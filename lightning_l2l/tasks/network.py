@@ -12,6 +12,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 from torch.nn.parameter import is_lazy
 
+from lightning_l2l.arguments import brief, check_callable, check_flag, check_type, is_number
 from lightning_l2l.tasks.base import Task, mix_seed
 
 _UNSEEN_STREAM = 1 << 32  # of random numbers; those below are the start's, 0, and the steps', 1 + step
@@ -41,6 +42,7 @@ class NetworkTask(Task):
     Raises:
         ValueError: If ``init_scale`` is not positive, or if the module has nothing to train, has
             uninitialised (lazy) parameters, or has parameters that no method of it initialises anew.
+        TypeError: If an argument is of another type.
 
     Example:
         >>> task = NetworkTask(nn.Linear(3, 2))
@@ -59,8 +61,12 @@ class NetworkTask(Task):
         init_scale: float | None = None,
         stochastic: bool | None = None,
     ) -> None:
-        if init_scale is not None and not 0 < init_scale < math.inf:
-            raise ValueError(f"init_scale={init_scale} must be positive, or None for the module's own start")
+        check_callable("an nn.Module, or a function that builds one", module=module)
+        check_callable("a function of (output, target), such as torch.nn.functional.cross_entropy", loss_fn=loss_fn)
+        if stochastic is not None:
+            check_flag(stochastic=stochastic)
+        if init_scale is not None and not (is_number(init_scale) and init_scale > 0):
+            raise ValueError(f"init_scale={brief(init_scale)} must be positive, or None for the module's own start")
         self.module = module
         self.loss_fn = loss_fn
         self.init_scale = init_scale
@@ -68,7 +74,9 @@ class NetworkTask(Task):
 
         # A private copy. Its own values do not matter: it runs with the optimizee's tensors in their place.
         with _global_rng(torch.Generator()), torch.device("cpu"):
-            template = copy.deepcopy(module if isinstance(module, nn.Module) else module()).cpu().train()
+            built = module if isinstance(module, nn.Module) else module()
+            check_type(nn.Module, "an nn.Module, or a function without arguments that builds one", module=built)
+            template = copy.deepcopy(built).cpu().train()
             named = dict(template.named_parameters())
             frozen = {name: value.detach().clone() for name, value in named.items() if not value.requires_grad}
             self._names = [name for name in named if name not in frozen]

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from lightning_l2l.arguments import MOST, check_at_least
 from lightning_l2l.tasks.base import Task
 
 
@@ -17,7 +18,7 @@ class Quadratic(Task):
         dim: Number of coordinates of theta, at least 1; W_k is ``dim`` x ``dim``.
 
     Raises:
-        ValueError: If ``dim`` is not positive.
+        ValueError: If ``dim`` is no positive integer.
 
     Example:
         >>> task = Quadratic(dim=2)
@@ -31,8 +32,7 @@ class Quadratic(Task):
     """
 
     def __init__(self, dim: int = 10) -> None:
-        if dim < 1:
-            raise ValueError(f"dim={dim} must be at least 1")
+        check_at_least(1, MOST, dim=dim)
         self.dim = dim
 
     def init_params(self, num_tasks: int, generator: torch.Generator) -> dict[str, Tensor]:
