@@ -14,6 +14,7 @@ from lightning.pytorch import LightningDataModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
+from torch.nn import Module
 
 from lightning_l2l import data, rules, tasks  # noqa: F401  # so that YAML can name their classes without a path
 from lightning_l2l.callbacks import LearningCurves
@@ -21,7 +22,8 @@ from lightning_l2l.interrupt import ResumeCheckpoint
 from lightning_l2l.meta_optimizer import MetaOptimizer
 from lightning_l2l.rule_files import SUFFIX, load_rule, read_checkpoint, save_rule, shipped_rules
 from lightning_l2l.rules import UpdateRule
-from lightning_l2l.rules.describe import describe
+from lightning_l2l.rules.describe import check_names, describe
+from lightning_l2l.tasks import Task
 
 LAST = "last"
 
@@ -88,11 +90,19 @@ class CLI(LightningCLI):
         if config["ckpt_path"] == LAST:
             config["ckpt_path"] = str(_newest_last(Path(config["trainer"]["default_root_dir"] or ".")))
         path = Path(config["ckpt_path"])
-        read_checkpoint(path)  # refuses what it cannot read, in one line
+        checkpoint = read_checkpoint(path)  # refuses what it cannot read, in one line
         if command == "fit" and path.name == "last.ckpt" and path.parent.name == "checkpoints":
             self._resume_into = path.resolve().parent.parent
         defaults = self._subcommand_parsers[command].get_defaults()
         if config["model"] == defaults["model"]:
+            try:
+                given = {k: v for k, v in dict(checkpoint["hyper_parameters"]).items() if k != "_instantiator"}
+                check_names(given, (Task, Module))
+            except (TypeError, ValueError, RecursionError) as error:
+                raise ValueError(
+                    f"{config['ckpt_path']!r} describes a model that cannot be made from it alone ({error}); give the "
+                    "--config of its run beside it, lightning_logs/version_N/config.yaml"
+                ) from error
             super()._parse_ckpt_path()
 
     def _use_rule(self, config: Any, command: str | None) -> None:
