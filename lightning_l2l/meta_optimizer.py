@@ -10,7 +10,7 @@ import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
-from torch.optim import Optimizer
+from torch.optim import LBFGS, Optimizer
 from torch.optim.lr_scheduler import LambdaLR, ReduceLROnPlateau
 from torchmetrics import MeanMetric
 
@@ -167,9 +167,11 @@ class MetaOptimizer(LightningModule):
         """The meta-optimizer at the meta-learning rate, with its schedule.
 
         Raises:
-            ValueError: `anneal` is on and the Trainer has no `max_epochs`.
+            ValueError: `anneal` is on and the Trainer has no `max_epochs`, or the meta-optimizer is LBFGS.
         """
         optimizer = self.optimizer(self.rule.parameters())
+        if isinstance(optimizer, LBFGS):
+            raise ValueError("optimizer=LBFGS evaluates an episode several times a step; use torch.optim.Adam")
         for group in optimizer.param_groups:
             group["lr"] = self.lr
         if self.anneal:

@@ -203,6 +203,8 @@ def _read_rule(content: bytes, path: Path) -> UpdateRule:
 
 def reason(error: Exception) -> str:
     """What an error says, in one line."""
+    if str(error).startswith("Weights only load failed"):  # and then torch says how to load it all the same
+        return "it holds more than weights and plain values"
     lines = str(error).strip().splitlines()
     return _ESCAPES.sub("", lines[0]).strip()[:300] if lines else type(error).__name__
 
