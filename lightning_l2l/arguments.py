@@ -17,7 +17,7 @@ MOST_COUNTED = 10**9
 def brief(value: object, length: int = 80) -> str:
     """A value in one line of at most `length` characters, for a message; quick also for what a file made up."""
     short = reprlib.Repr()
-    short.maxlevel, short.maxdict, short.maxlist, short.maxtuple = 4, 12, 12, 12
+    short.maxlevel, short.maxdict, short.maxlist, short.maxtuple = 3, 8, 8, 8
     short.maxstring, short.maxother = length, length
     try:
         text = " ".join(short.repr(value).split())

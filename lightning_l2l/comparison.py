@@ -19,6 +19,7 @@ from torch.optim import Optimizer
 from lightning_l2l.arguments import brief, check_type
 from lightning_l2l.results import final_losses
 from lightning_l2l.tasks.base import Task, check_losses, init_from_seeds
+from lightning_l2l.tasks.batches import get_entries
 
 Batch = Mapping[str, Tensor]
 MakeOptimizer = Callable[[list[Tensor]], Optimizer]
@@ -135,10 +136,11 @@ def rollout(make_optimizer: MakeOptimizer, task: Task, batch: Batch, num_steps: 
             "an optimizer cannot run in inference mode, which allows no gradients; "
             "use Trainer(inference_mode=False), or leave torch.inference_mode()"
         )
-    params, buffers = init_from_seeds(task, batch["seed"], device=device)
+    (seeds,) = get_entries(batch, "seed")
+    params, buffers = init_from_seeds(task, seeds, device=device)
     leaves = {name: p.requires_grad_() for name, p in params.items()}
     optimizer = make_optimizer(list(leaves.values()))
-    num_tasks = len(batch["seed"])
+    num_tasks = len(seeds)
     losses = []
     start = time.perf_counter()
     with torch.enable_grad():

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from lightning_l2l.arguments import MOST, check_at_least
 from lightning_l2l.tasks.base import Task
+from lightning_l2l.tasks.batches import form, get_entries
 
 
 class Quadratic(Task):
@@ -51,15 +52,19 @@ class Quadratic(Task):
             The losses ``[num_tasks]``.
 
         Raises:
-            ValueError: If a tensor has another shape.
+            ValueError: If a tensor is missing, or has another shape or dtype.
         """
-        theta, W, y = params["theta"], batch["W"], batch["y"]
+        theta, (W, y) = params["theta"], get_entries(batch, "W", "y")
         num_tasks, dim = len(theta), self.dim
         if W.shape != (num_tasks, dim, dim) or y.shape != (num_tasks, dim) or theta.shape != (num_tasks, dim):
             raise ValueError(
                 f"W {list(W.shape)}, y {list(y.shape)} and theta {list(theta.shape)} do not fit "
                 f"Quadratic(dim={dim}), which takes [num_tasks, dim, dim], [num_tasks, dim] and "
                 "[num_tasks, dim]; give the task and the data the same dim"
+            )
+        if not W.dtype == y.dtype == theta.dtype:
+            raise ValueError(
+                f"W is {form(W)}, y is {form(y)} and theta is {form(theta)}; give the data the dtype of theta"
             )
         # Few operators: at this size each costs more than its arithmetic.
         residual = torch.baddbmm(y.unsqueeze(2), W, theta.unsqueeze(2), beta=-1)  # [num_tasks, dim, 1]
