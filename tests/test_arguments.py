@@ -85,7 +85,9 @@ def make_optimizer(**options):
 
 
 def make_module(**options):
-    return MetaOptimizer(**{"task": Quadratic(2), "rule": CoordinatewiseLSTM(2), "num_steps": 4, **options})
+    return MetaOptimizer(
+        **{"task": Quadratic(2), "rule": CoordinatewiseLSTM(2), "num_steps": 4, "unroll_length": 2, **options}
+    )
 
 
 def make_network_task(**options):
