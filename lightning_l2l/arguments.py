@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 import reprlib
 from collections.abc import Iterable
@@ -12,6 +11,8 @@ from typing import Any
 MOST = 10**6
 #: Most of what is only counted, or is bounded by memory.
 MOST_COUNTED = 10**9
+_LARGEST = 1e38
+_LARGEST_INTEGER = 2**53
 
 
 def brief(value: object, length: int = 80) -> str:
@@ -48,11 +49,10 @@ def check_at_least(minimum: int, maximum: int = MOST_COUNTED, *, optional: bool 
 
 
 def is_number(value: object) -> bool:
-    """Whether it is a finite real number that a float can hold; a truth value is none."""
-    try:
-        return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    except OverflowError:
+    """Whether it is a real number that a tensor can be multiplied with: up to 1e38; a truth value is none."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
         return False
+    return abs(value) <= (_LARGEST_INTEGER if isinstance(value, int) else _LARGEST)
 
 
 def check_positive(*, optional: bool = False, **values: Any) -> None:

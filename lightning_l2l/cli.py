@@ -73,7 +73,8 @@ TRAINER_DEFAULTS: dict[str, Any] = {
 class CLI(LightningCLI):
     """LightningCLI with the product's defaults and callbacks, and `--ckpt_path last` or a shipped rule's name."""
 
-    _rule: UpdateRule | None = None  # in place of the one configured
+    _rule: UpdateRule | None = None  # whose weights the configured one gets
+    _checkpoint: dict[str, Any] | None = None  # where they are from, if not from a rule file
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """The callbacks that every run has, configurable as `--checkpoint.*` and `--curves.*`."""
@@ -123,6 +124,11 @@ class CLI(LightningCLI):
             config["ckpt_path"] = str(_newest_last(Path(config["trainer"]["default_root_dir"] or ".")))
         path = Path(config["ckpt_path"])
         checkpoint = read_checkpoint(path)  # refuses what it cannot read, in one line
+        rule = load_rule(path)  # and rules that do not fit their description
+        if command == "fit":
+            _check_resumable(path, checkpoint)
+        else:  # the rule is all there is to restore, so nothing else in the file is looked at
+            self._rule, self._checkpoint = rule, checkpoint
         if command == "fit" and path.name == "last.ckpt" and path.parent.name == "checkpoints":
             self._resume_into = path.resolve().parent.parent
         defaults = self._subcommand_parsers[command].get_defaults()
@@ -166,7 +172,9 @@ class CLI(LightningCLI):
             self.config[self.subcommand]["weights_only"] = True
 
     def after_instantiate_classes(self) -> None:
-        """Fill in a shipped rule's weights; let the run end with a `test` command that repeats its settings."""
+        """Fill in the rule's weights; let the run end with a `test` command that repeats its settings."""
+        if self._checkpoint is not None:
+            self.model.on_load_checkpoint(self._checkpoint)  # refuses that of another rule
         if self._rule is not None:
             self.model.rule.load_state_dict(self._rule.state_dict())
         for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
@@ -194,6 +202,18 @@ class CLI(LightningCLI):
             raise ValueError(
                 f"the Trainer refuses its arguments ({given}): {told}; use others, see {PROG} {self.subcommand} --help"
             ) from error
+
+
+def _check_resumable(path: Path, checkpoint: dict[str, Any]) -> None:
+    """Refuse a checkpoint that has a rule and lacks what Lightning goes on with."""
+    kinds = {"epoch": int, "global_step": int, "loops": dict, "callbacks": dict, "optimizer_states": list}
+    kinds |= {"lr_schedulers": list, "pytorch-lightning_version": str}
+    wrong = [name for name, kind in kinds.items() if not isinstance(checkpoint.get(name), kind)]
+    if wrong:
+        raise ValueError(
+            f"{str(path)!r} holds a rule, but nothing that `fit` could go on with ({', '.join(wrong)}); use `test`, "
+            "or give a checkpoint that `fit` wrote"
+        )
 
 
 def _newest_last(root: Path) -> Path:

@@ -63,7 +63,7 @@ def load_rule(source: str | Path | Mapping[str, Any], rule: UpdateRule | None = 
     path = Path(source)
     if str(source) in shipped_rules():
         return read_shipped(str(source))
-    if path.suffix == SUFFIX and path.is_file():
+    if path.suffix == SUFFIX and _is_file(path):
         return read_rule(path)
     return _from_checkpoint(_read(path), repr(str(path)), rule)
 
@@ -82,17 +82,24 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     return found
 
 
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:  # a name longer than the system allows
+        return False
+
+
 def _read(path: Path) -> Any:
-    if not path.is_file():
+    if not _is_file(path):
         raise FileNotFoundError(
-            f"no rule at {str(path)!r}; give the path of a checkpoint that `fit` wrote, or the name of a shipped "
-            f"rule: {', '.join(shipped_rules())}"
+            f"no rule at {brief(str(path), 200)}; give the path of a checkpoint that `fit` wrote, or the name of a "
+            f"shipped rule: {', '.join(shipped_rules())}"
         )
     try:
         with warnings.catch_warnings():  # of torch.load, about what is in the file
             warnings.simplefilter("ignore")
             with path.open("rb") as file:
-                _check_unpacked_size(file)
+                _check_archive(file)
                 return torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # whatever a damaged file makes torch.load raise
         raise ValueError(
@@ -101,8 +108,8 @@ def _read(path: Path) -> Any:
         ) from error
 
 
-def _check_unpacked_size(file: BinaryIO) -> None:
-    """Refuse an archive that is far larger unpacked: what `fit` and `export` write is not packed at all."""
+def _check_archive(file: BinaryIO) -> None:
+    """Refuse an archive that would unpack to far more, since `fit` and `export` pack nothing, or is damaged."""
     size = file.seek(0, os.SEEK_END)
     file.seek(0)
     if not zipfile.is_zipfile(file):
@@ -110,9 +117,11 @@ def _check_unpacked_size(file: BinaryIO) -> None:
         return
     with zipfile.ZipFile(file) as archive:
         unpacked = sum(member.file_size for member in archive.infolist())
+        if unpacked > _MOST_UNPACKED * size:
+            raise ValueError(f"unpacked it would have {unpacked} bytes, and it has {size}")
+        if (damaged := archive.testzip()) is not None:  # torch looks at no checksum
+            raise ValueError(f"the checksum of {damaged!r} in it is wrong")
     file.seek(0)
-    if unpacked > _MOST_UNPACKED * size:
-        raise ValueError(f"unpacked it would have {unpacked} bytes, and it has {size}")
 
 
 def _is_checkpoint(content: Any) -> bool:
@@ -188,7 +197,7 @@ def _read_rule(content: bytes, path: Path) -> UpdateRule:
     try:
         with warnings.catch_warnings():  # of NumPy, about what is in the file
             warnings.simplefilter("ignore")
-            _check_unpacked_size(io.BytesIO(content))
+            _check_archive(io.BytesIO(content))
             with np.load(io.BytesIO(content), allow_pickle=False) as archive:
                 arrays = {name: archive[name] for name in archive.files}
             description = json.loads(str(arrays.pop(_DESCRIPTION)))

@@ -26,7 +26,7 @@ def result_of(function, *arguments, **options):
             warnings.simplefilter("error")
             return function(*arguments, **options)
     except (ValueError, TypeError, FileNotFoundError) as error:
-        assert find_foreseen(error) is error, f"{type(error).__name__}: {error}"
+        assert find_foreseen(error) is error, f"{type(error).__name__}: {error}"[:300]
         told = str(error)
         assert told and "\n" not in told and len(told) < 1500, told
         result_of.told = told

@@ -16,7 +16,8 @@ _PACKAGES = (Path(__file__).parents[1], Path(torch.__file__).parent)
 def form(value: object) -> str:
     """Shape and type of a tensor, or the type of what is none, for a message."""
     if isinstance(value, Tensor):
-        return f"{list(value.shape)} {str(value.dtype).removeprefix('torch.')}"
+        kind = " without data" if value.is_meta else "" if value.layout == torch.strided else " sparse"
+        return f"{list(value.shape)} {str(value.dtype).removeprefix('torch.')}{kind}"
     return f"no tensor but a {type(value).__name__}"
 
 
@@ -39,8 +40,9 @@ def get_entries(batch: Any, *names: str) -> list[Tensor]:
         if name not in batch:
             has = ", ".join(brief(key) for key in batch) or "nothing"
             raise ValueError(f"the batch has no {name!r}, it has {has}; give the task the data that it is for")
-        if not isinstance(batch[name], Tensor) or batch[name].dim() == 0:
-            raise ValueError(f"{name!r} of the batch is {form(batch[name])}; give a tensor [num_tasks, ...]")
+        entry = batch[name]
+        if not isinstance(entry, Tensor) or entry.dim() == 0 or entry.layout != torch.strided or entry.is_meta:
+            raise ValueError(f"{name!r} of the batch is {form(entry)}; give a dense tensor [num_tasks, ...]")
     return [batch[name] for name in names]
 
 

@@ -176,6 +176,8 @@ class NetworkTask(Task):
             return {}
         kept = {name: params[name].clone() for name in self._buffers if name in params}
         data = get_entries(batch, "unseen_inputs", "unseen_targets")
+        if not len(data[0]) == len(data[1]) == len(params[self._names[0]]):
+            raise ValueError(f"'unseen_inputs' and 'unseen_targets' are of {len(data[0])} and {len(data[1])} tasks")
         tensors, inputs, targets = self._prepare({**params, **kept}, *data)
         self._template.eval()
         try:

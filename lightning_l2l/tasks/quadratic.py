@@ -62,9 +62,10 @@ class Quadratic(Task):
                 f"Quadratic(dim={dim}), which takes [num_tasks, dim, dim], [num_tasks, dim] and "
                 "[num_tasks, dim]; give the task and the data the same dim"
             )
-        if not W.dtype == y.dtype == theta.dtype:
+        if not (W.dtype == y.dtype == theta.dtype and W.device == y.device == theta.device):
             raise ValueError(
-                f"W is {form(W)}, y is {form(y)} and theta is {form(theta)}; give the data the dtype of theta"
+                f"W is {form(W)} on {W.device}, y {form(y)} on {y.device} and theta {form(theta)} on {theta.device}; "
+                "give the data the dtype and device of theta"
             )
         # Few operators: at this size each costs more than its arithmetic.
         residual = torch.baddbmm(y.unsqueeze(2), W, theta.unsqueeze(2), beta=-1)  # [num_tasks, dim, 1]
