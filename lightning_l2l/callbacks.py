@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 import time
 from collections.abc import Sequence
+from types import NoneType
 from typing import Any, cast
 
 import torch
@@ -17,6 +18,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
+from lightning_l2l.arguments import brief, check_at_least, check_type, is_number
 from lightning_l2l.comparison import Baseline, Rollout, Tuned, find_baselines, rollout, tune
 from lightning_l2l.figures import learning_curves
 from lightning_l2l.results import Result, write_comparison, write_curves, write_predictions
@@ -70,10 +72,11 @@ class LearningCurves(Callback):
         test_command: str | None = None,
     ) -> None:
         self.baselines = find_baselines(baselines, reserved=(LEARNED,))
-        if len(quantiles) != 2 or not 0 <= quantiles[0] < quantiles[1] <= 1:
-            raise ValueError(f"quantiles={quantiles} are no lower and upper one in [0, 1]; use (0.1, 0.9)")
-        if every_n_epochs < 1:
-            raise ValueError(f"every_n_epochs={every_n_epochs} is no number of epochs; use 1 or more")
+        pair = isinstance(quantiles, tuple | list) and len(quantiles) == 2 and all(map(is_number, quantiles))
+        if not pair or not 0 <= quantiles[0] < quantiles[1] <= 1:
+            raise ValueError(f"quantiles={brief(quantiles)} are no lower and upper one in [0, 1]; use (0.1, 0.9)")
+        check_at_least(1, every_n_epochs=every_n_epochs)
+        check_type((str, NoneType), "a text, or None", test_command=test_command)
         self.quantiles = (quantiles[0], quantiles[1])
         self.every_n_epochs = every_n_epochs
         self.test_command_prefix = test_command or "python -m lightning_l2l test"

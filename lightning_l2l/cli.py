@@ -10,18 +10,23 @@ from pathlib import Path
 from typing import Any
 
 from jsonargparse import Namespace, auto_cli
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningDataModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities import rank_zero_warn
+from torch.nn import Module
 
 from lightning_l2l import data, rules, tasks  # noqa: F401  # so that YAML can name their classes without a path
 from lightning_l2l.callbacks import LearningCurves
+from lightning_l2l.errors import PROG, OneLineParser, find_foreseen, in_one_line
 from lightning_l2l.interrupt import ResumeCheckpoint
 from lightning_l2l.meta_optimizer import MetaOptimizer
 from lightning_l2l.rule_files import SUFFIX, load_rule, read_checkpoint, save_rule, shipped_rules
 from lightning_l2l.rules import UpdateRule
-from lightning_l2l.rules.describe import describe
+from lightning_l2l.rules.describe import check_names, describe
+from lightning_l2l.tasks import Task
 
 LAST = "last"
 
@@ -68,7 +73,8 @@ TRAINER_DEFAULTS: dict[str, Any] = {
 class CLI(LightningCLI):
     """LightningCLI with the product's defaults and callbacks, and `--ckpt_path last` or a shipped rule's name."""
 
-    _rule: UpdateRule | None = None  # in place of the one configured
+    _rule: UpdateRule | None = None  # whose weights the configured one gets
+    _checkpoint: dict[str, Any] | None = None  # where they are from, if not from a rule file
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """The callbacks that every run has, configurable as `--checkpoint.*` and `--curves.*`."""
@@ -76,11 +82,40 @@ class CLI(LightningCLI):
         parser.add_lightning_class_args(LearningCurves, "curves")
         parser.set_defaults(DEFAULTS)
 
+    def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
+        """Refuse what the parser lets through and Lightning would stumble over."""
+        try:
+            super().parse_arguments(parser, args)
+        except UnicodeDecodeError as error:
+            raise ValueError(
+                f"a file that the command line names is not text ({error}); give --config a YAML file, and "
+                "--ckpt_path a checkpoint"
+            ) from error
+        config = self.config[self.config["subcommand"]]
+        seed, trainer = config["seed_everything"], config["trainer"]
+        if trainer["gradient_clip_val"]:
+            raise ValueError(
+                f"--trainer.gradient_clip_val {trainer['gradient_clip_val']} would not reach the meta-gradient; use "
+                "--model.gradient_clip"
+            )
+        if trainer["accumulate_grad_batches"] != 1:
+            raise ValueError(
+                f"--trainer.accumulate_grad_batches {trainer['accumulate_grad_batches']} would not reach the "
+                "meta-gradient; use a larger --data.num_tasks, whose mean it is"
+            )
+        if not isinstance(seed, bool) and not 0 <= seed < 2**32:
+            raise ValueError(f"--seed_everything {seed} is no seed; use an integer from 0 to {2**32 - 1}")
+
     def _parse_ckpt_path(self) -> None:
         """Find "last", and take the model from the checkpoint where the command line says nothing of it."""
         command = self.config.get("subcommand")
         config = self.config[command] if command else {}
         if not config.get("ckpt_path"):
+            if command != "fit":
+                rank_zero_warn(
+                    f"{command} without --ckpt_path: the rule is not trained, its weights are random; give "
+                    "--ckpt_path last, or the path of a checkpoint, or the name of a shipped rule"
+                )
             return
         if config["ckpt_path"] in shipped_rules() or Path(config["ckpt_path"]).suffix == SUFFIX:
             self._use_rule(config, command)
@@ -88,11 +123,24 @@ class CLI(LightningCLI):
         if config["ckpt_path"] == LAST:
             config["ckpt_path"] = str(_newest_last(Path(config["trainer"]["default_root_dir"] or ".")))
         path = Path(config["ckpt_path"])
-        read_checkpoint(path)  # refuses what it cannot read, in one line
+        checkpoint = read_checkpoint(path)  # refuses what it cannot read, in one line
+        rule = load_rule(path)  # and rules that do not fit their description
+        if command == "fit":
+            _check_resumable(path, checkpoint)
+        else:  # the rule is all there is to restore, so nothing else in the file is looked at
+            self._rule, self._checkpoint = rule, checkpoint
         if command == "fit" and path.name == "last.ckpt" and path.parent.name == "checkpoints":
             self._resume_into = path.resolve().parent.parent
         defaults = self._subcommand_parsers[command].get_defaults()
         if config["model"] == defaults["model"]:
+            try:
+                given = {k: v for k, v in dict(checkpoint["hyper_parameters"]).items() if k != "_instantiator"}
+                check_names(given, (Task, Module))
+            except (TypeError, ValueError, RecursionError) as error:
+                raise ValueError(
+                    f"{config['ckpt_path']!r} describes a model that cannot be made from it alone ({error}); give the "
+                    "--config of its run beside it, lightning_logs/version_N/config.yaml"
+                ) from error
             super()._parse_ckpt_path()
 
     def _use_rule(self, config: Any, command: str | None) -> None:
@@ -124,7 +172,9 @@ class CLI(LightningCLI):
             self.config[self.subcommand]["weights_only"] = True
 
     def after_instantiate_classes(self) -> None:
-        """Fill in a shipped rule's weights; let the run end with a `test` command that repeats its settings."""
+        """Fill in the rule's weights; let the run end with a `test` command that repeats its settings."""
+        if self._checkpoint is not None:
+            self.model.on_load_checkpoint(self._checkpoint)  # refuses that of another rule
         if self._rule is not None:
             self.model.rule.load_state_dict(self._rule.state_dict())
         for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
@@ -142,7 +192,28 @@ class CLI(LightningCLI):
                 warnings.filterwarnings("ignore", "Checkpoint directory .* exists and is not empty")  # as it should
                 root, name, version = folder.parent.parent, folder.parent.name, int(folder.name[len("version_") :])
             kwargs["logger"] = TensorBoardLogger(root, name, version, default_hp_metric=False)
-        return super().instantiate_trainer(**kwargs)
+        try:
+            return super().instantiate_trainer(**kwargs)
+        except (MisconfigurationException, ValueError) as error:
+            if not isinstance(error, MisconfigurationException) and find_foreseen(error) is not None:
+                raise
+            given = ", ".join(f"{name}={config[name]}" for name in ("accelerator", "devices", "strategy", "num_nodes"))
+            told = " ".join(str(error).split()).rstrip(".")
+            raise ValueError(
+                f"the Trainer refuses its arguments ({given}): {told}; use others, see {PROG} {self.subcommand} --help"
+            ) from error
+
+
+def _check_resumable(path: Path, checkpoint: dict[str, Any]) -> None:
+    """Refuse a checkpoint that has a rule and lacks what Lightning goes on with."""
+    kinds = {"epoch": int, "global_step": int, "loops": dict, "callbacks": dict, "optimizer_states": list}
+    kinds |= {"lr_schedulers": list, "pytorch-lightning_version": str}
+    wrong = [name for name, kind in kinds.items() if not isinstance(checkpoint.get(name), kind)]
+    if wrong:
+        raise ValueError(
+            f"{str(path)!r} holds a rule, but nothing that `fit` could go on with ({', '.join(wrong)}); use `test`, "
+            "or give a checkpoint that `fit` wrote"
+        )
 
 
 def _newest_last(root: Path) -> Path:
@@ -182,7 +253,8 @@ def main(args: ArgsType = None) -> None:
     given = sys.argv[1:] if args is None else args
     try:
         if isinstance(given, list) and given[:1] == ["export"]:
-            auto_cli(export, args=given[1:], as_positional=False, prog="python -m lightning_l2l export")
+            parser: Any = OneLineParser
+            auto_cli(export, args=given[1:], as_positional=False, prog=f"{PROG} export", parser_class=parser)
             return
         CLI(
             MetaOptimizer,
@@ -192,23 +264,12 @@ def main(args: ArgsType = None) -> None:
             seed_everything_default=0,
             trainer_defaults={**TRAINER_DEFAULTS, "callbacks": [ResumeCheckpoint()]},
             save_config_kwargs={"overwrite": True},  # a resumed run writes into its own folder again
-            parser_kwargs={"default_env": False, "description": DESCRIPTION},
+            parser_class=OneLineParser,
+            parser_kwargs={"default_env": False, "description": DESCRIPTION, "prog": PROG},
             args=args,
         )
-    except (ValueError, RuntimeError, FileNotFoundError) as error:
-        foreseen = find_foreseen(error)
-        if args is not None or foreseen is None:
+    except Exception as error:
+        told = in_one_line(error)
+        if args is not None or told is None:
             raise
-        sys.exit(f"error: {foreseen}")
-
-
-def find_foreseen(error: BaseException | None) -> BaseException | None:
-    """The first error of the chain that the project itself raised: its message says all there is to say."""
-    while error is not None:
-        trace = error.__traceback__
-        while trace is not None and trace.tb_next is not None:
-            trace = trace.tb_next
-        if trace is not None and Path(trace.tb_frame.f_code.co_filename).is_relative_to(Path(__file__).parent):
-            return error
-        error = error.__cause__
-    return None
+        sys.exit(f"error: {told}")

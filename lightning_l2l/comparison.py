@@ -16,8 +16,10 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from lightning_l2l.arguments import brief, check_type
 from lightning_l2l.results import final_losses
 from lightning_l2l.tasks.base import Task, check_losses, init_from_seeds
+from lightning_l2l.tasks.batches import get_entries
 
 Batch = Mapping[str, Tensor]
 MakeOptimizer = Callable[[list[Tensor]], Optimizer]
@@ -31,7 +33,7 @@ class Baseline:
     """A hand-designed optimizer: everything but its learning rate.
 
     Attributes:
-        name: As in tables and log keys.
+        name: As in tables and log keys; it names a folder as well.
         optimizer: An optimizer class that works on each coordinate by itself, since the tasks lie side by
             side in one tensor.
         options: Its other arguments.
@@ -40,6 +42,20 @@ class Baseline:
     name: str
     optimizer: type[Optimizer]
     options: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Refuse what is no optimizer or cannot name a folder.
+
+        Raises:
+            ValueError: The name cannot name a folder.
+            TypeError: An argument is of another type.
+        """
+        check_type(str, "a text", name=self.name)
+        if not self.name.strip(".") or not self.name.isprintable() or set(self.name) & set("/\\"):
+            raise ValueError(f"baseline name={brief(self.name)} cannot name a folder; use letters and digits")
+        if not isinstance(self.optimizer, type) or not issubclass(self.optimizer, Optimizer):
+            raise TypeError(f"optimizer={brief(self.optimizer)} is no class of optimizers; give torch.optim.Adagrad")
+        check_type(Mapping, "its other arguments by name, such as {'eps': 1.0e-8}", options=self.options)
 
     def at(self, lr: float) -> MakeOptimizer:
         """The optimizer at a learning rate."""
@@ -67,21 +83,21 @@ def find_baselines(
         known: Where names are looked up.
 
     Raises:
-        ValueError: A name is unknown, occurs twice, or cannot name a folder.
+        ValueError: A name is unknown or occurs twice.
+        TypeError: They are no list.
     """
+    check_type((list, tuple), "a list, such as ['adam', 'sgd']", baselines=given)
     by_name = {baseline.name: baseline for baseline in known}
     found: list[Baseline] = []
     for item in given:
-        if isinstance(item, str) and item not in by_name:
+        if not isinstance(item, Baseline) and not (isinstance(item, str) and item in by_name):
             raise ValueError(
-                f"unknown baseline {item!r}; use {', '.join(by_name)}, or give an optimizer by its class, as "
+                f"unknown baseline {brief(item)}; use {', '.join(by_name)}, or give an optimizer by its class, as "
                 "{name: adagrad, optimizer: torch.optim.Adagrad, options: {}}"
             )
         baseline = by_name[item] if isinstance(item, str) else item
         if baseline.name in (*reserved, *(b.name for b in found)):
             raise ValueError(f"the name {baseline.name!r} is taken; give this baseline another one")
-        if not baseline.name.strip(".") or set(baseline.name) & set("/\\"):
-            raise ValueError(f"baseline name {baseline.name!r} cannot name a folder; use letters and digits")
         found.append(baseline)
     return tuple(found)
 
@@ -120,10 +136,11 @@ def rollout(make_optimizer: MakeOptimizer, task: Task, batch: Batch, num_steps: 
             "an optimizer cannot run in inference mode, which allows no gradients; "
             "use Trainer(inference_mode=False), or leave torch.inference_mode()"
         )
-    params, buffers = init_from_seeds(task, batch["seed"], device=device)
+    (seeds,) = get_entries(batch, "seed")
+    params, buffers = init_from_seeds(task, seeds, device=device)
     leaves = {name: p.requires_grad_() for name, p in params.items()}
     optimizer = make_optimizer(list(leaves.values()))
-    num_tasks = len(batch["seed"])
+    num_tasks = len(seeds)
     losses = torch.empty(0)
     start = time.perf_counter()
     with torch.enable_grad():

@@ -4,16 +4,26 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from typing import Any, Literal, cast
+from typing import Any, Literal, cast, get_args
 
 import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
-from torch.optim import Optimizer
+from torch.optim import LBFGS, Optimizer
 from torch.optim.lr_scheduler import LambdaLR, ReduceLROnPlateau
 from torchmetrics import MeanMetric
 
+from lightning_l2l.arguments import (
+    MOST,
+    brief,
+    check_at_least,
+    check_callable,
+    check_choice,
+    check_flag,
+    check_positive,
+    check_type,
+)
 from lightning_l2l.comparison import Rollout, rollout
 from lightning_l2l.optim import LearnedOptimizer
 from lightning_l2l.results import final_losses
@@ -95,10 +105,12 @@ class MetaOptimizer(LightningModule):
         memory_budget: int = 2**30,
     ) -> None:
         super().__init__()
-        sizes = {"num_steps": num_steps, "unroll_length": unroll_length, "final_steps": final_steps}
-        for name, size in {**sizes, "max_skipped": max_skipped, "memory_budget": memory_budget}.items():
-            if size < 1:
-                raise ValueError(f"{name}={size} is not a size; use 1 or more")
+        check_type(Task, "a Task, such as Quadratic()", task=task)
+        check_type(UpdateRule, "an UpdateRule, such as CoordinatewiseLSTM()", rule=rule)
+        check_at_least(1, MOST, num_steps=num_steps, unroll_length=unroll_length, final_steps=final_steps)
+        check_at_least(1, max_skipped=max_skipped)
+        check_at_least(1, 2**63 - 1, memory_budget=memory_budget)
+        check_flag(anneal=anneal, second_derivatives=second_derivatives)
         if num_steps % unroll_length:
             raise ValueError(
                 f"unroll_length={unroll_length} does not divide num_steps={num_steps}; use {_divisors(num_steps)}"
@@ -107,11 +119,15 @@ class MetaOptimizer(LightningModule):
             raise ValueError(f"final_steps={final_steps} exceeds num_steps={num_steps}; use 1 to {num_steps}")
         if anneal and lr_scheduler is not None:
             raise ValueError("anneal=True and an lr_scheduler are two schedules for one learning rate; leave one out")
-        if loss_weights not in LOSS_WEIGHTS:
-            raise ValueError(f"loss_weights={loss_weights!r} is unknown; use one of {', '.join(LOSS_WEIGHTS)}")
-        for name, value in {"lr": lr, "gradient_clip": gradient_clip}.items():
-            if value is not None and not 0 < value < math.inf:
-                raise ValueError(f"{name}={value} is out of range; use a finite number above 0")
+        check_choice(LOSS_WEIGHTS, loss_weights=loss_weights)
+        check_choice(get_args(Memory), memory=memory)
+        check_positive(lr=lr)
+        check_positive(optional=True, gradient_clip=gradient_clip)
+        check_callable("a class, such as torch.optim.Adam", optimizer=optimizer)
+        if lr_scheduler is not None:
+            check_callable("a function of the optimizer that makes a schedule", lr_scheduler=lr_scheduler)
+        if not any(True for _ in rule.parameters()):
+            raise ValueError(f"rule={brief(rule)} has no parameters to meta-train; give one that has some")
         self.automatic_optimization = False
         self.task, self.rule = task, rule
         self.num_steps, self.unroll_length, self.lr = num_steps, unroll_length, lr
@@ -151,9 +167,11 @@ class MetaOptimizer(LightningModule):
         """The meta-optimizer at the meta-learning rate, with its schedule.
 
         Raises:
-            ValueError: `anneal` is on and the Trainer has no `max_epochs`.
+            ValueError: `anneal` is on and the Trainer has no `max_epochs`, or the meta-optimizer is LBFGS.
         """
         optimizer = self.optimizer(self.rule.parameters())
+        if isinstance(optimizer, LBFGS):
+            raise ValueError("optimizer=LBFGS evaluates an episode several times a step; use torch.optim.Adam")
         for group in optimizer.param_groups:
             group["lr"] = self.lr
         if self.anneal:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.optim import Adam, Optimizer
 
+from lightning_l2l.arguments import brief, check_flag, is_number
 from lightning_l2l.rule_files import load_rule
 from lightning_l2l.rules import UpdateRule
 from lightning_l2l.safeguards import new_record, over_ranks, runs_away
@@ -76,8 +77,9 @@ class LearnedOptimizer(Optimizer):
         skip_nonfinite: bool = True,
         fallback_lr: float | None = None,
     ) -> None:
-        if fallback_lr is not None and not fallback_lr > 0:
-            raise ValueError(f"fallback_lr={fallback_lr} is not above 0; use 0.001, or None for no fallback")
+        if fallback_lr is not None and not (is_number(fallback_lr) and fallback_lr > 0):
+            raise ValueError(f"fallback_lr={brief(fallback_lr)} is not above 0; use 0.001, or None for no fallback")
+        check_flag(maximize=maximize, skip_nonfinite=skip_nonfinite)
         self.rule = rule if isinstance(rule, UpdateRule) else load_rule(rule)
         self.skip_nonfinite = skip_nonfinite
         self.num_skipped = 0
@@ -97,12 +99,14 @@ class LearnedOptimizer(Optimizer):
         lr, decay, bound = options["lr"], options["weight_decay"], options["max_update"]
         if isinstance(lr, Tensor) and lr.numel() != 1:
             raise ValueError(f"lr of shape {list(lr.shape)} is not one number; give each group its own lr")
-        if not lr >= 0:
-            raise ValueError(f"lr={lr} is not 0 or more; use 1.0 for the rule as it was trained, 0 to stand still")
-        if not decay >= 0:
-            raise ValueError(f"weight_decay={decay} is not 0 or more; use 0 for none")
-        if bound is not None and not bound > 0:
-            raise ValueError(f"max_update={bound} is not above 0; use None for no bound")
+        if not (is_number(lr) or isinstance(lr, Tensor)) or not lr >= 0:
+            raise ValueError(
+                f"lr={brief(lr)} is not 0 or more; use 1.0 for the rule as it was trained, 0 to stand still"
+            )
+        if not is_number(decay) or not decay >= 0:
+            raise ValueError(f"weight_decay={brief(decay)} is not 0 or more; use 0 for none")
+        if bound is not None and not (is_number(bound) and bound > 0):
+            raise ValueError(f"max_update={brief(bound)} is not above 0; use None for no bound")
         super().add_param_group(param_group)
 
     @property

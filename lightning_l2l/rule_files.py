@@ -12,21 +12,28 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
+import warnings
+import zipfile
 from collections.abc import Mapping
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
 import yaml  # type: ignore[import-untyped]
 
+from lightning_l2l.arguments import brief, check_type
 from lightning_l2l.rules import UpdateRule
-from lightning_l2l.rules.describe import build_rule, describe
+from lightning_l2l.rules.describe import build_rule, describe, outline
 
 SUFFIX = ".npz"
 _DESCRIPTION = "rule"
 _SHIPPED = Path(__file__).parent / "shipped"
+#: Times that a file may grow when it is unpacked, should somebody have packed it.
+_MOST_UNPACKED = 10
+_ESCAPES = re.compile(r"\x1b\[[0-9;]*m")  # colours in torch's messages
 
 
 def load_rule(source: str | Path | Mapping[str, Any], rule: UpdateRule | None = None) -> UpdateRule:
@@ -50,10 +57,13 @@ def load_rule(source: str | Path | Mapping[str, Any], rule: UpdateRule | None = 
     """
     if isinstance(source, Mapping):
         return _from_checkpoint(source, "this state_dict", rule)
+    check_type((str, Path), "the name of a shipped rule, or a path", source=source)
+    if rule is not None:
+        check_type(UpdateRule, "a rule, such as CoordinatewiseLSTM()", rule=rule)
     path = Path(source)
     if str(source) in shipped_rules():
         return read_shipped(str(source))
-    if path.suffix == SUFFIX and path.is_file():
+    if path.suffix == SUFFIX and _is_file(path):
         return read_rule(path)
     return _from_checkpoint(_read(path), repr(str(path)), rule)
 
@@ -72,14 +82,25 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     return found
 
 
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:  # a name longer than the system allows
+        return False
+
+
 def _read(path: Path) -> Any:
-    if not path.is_file():
+    if not _is_file(path):
         raise FileNotFoundError(
-            f"no rule at {str(path)!r}; give the path of a checkpoint that `fit` wrote, or the name of a shipped "
-            f"rule: {', '.join(shipped_rules())}"
+            f"no rule at {brief(str(path), 200)}; give the path of a checkpoint that `fit` wrote, or the name of a "
+            f"shipped rule: {', '.join(shipped_rules())}"
         )
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():  # of torch.load, about what is in the file
+            warnings.simplefilter("ignore")
+            with path.open("rb") as file:
+                _check_archive(file)
+                return torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # whatever a damaged file makes torch.load raise
         raise ValueError(
             f"{str(path)!r} cannot be read as a checkpoint (damaged, or with code in it), give another one: "
@@ -87,17 +108,34 @@ def _read(path: Path) -> Any:
         ) from error
 
 
+def _check_archive(file: BinaryIO) -> None:
+    """Refuse an archive that would unpack to far more, since `fit` and `export` pack nothing, or is damaged."""
+    size = file.seek(0, os.SEEK_END)
+    file.seek(0)
+    if not zipfile.is_zipfile(file):
+        file.seek(0)
+        return
+    with zipfile.ZipFile(file) as archive:
+        unpacked = sum(member.file_size for member in archive.infolist())
+        if unpacked > _MOST_UNPACKED * size:
+            raise ValueError(f"unpacked it would have {unpacked} bytes, and it has {size}")
+        if (damaged := archive.testzip()) is not None:  # torch looks at no checksum
+            raise ValueError(f"the checksum of {damaged!r} in it is wrong")
+    file.seek(0)
+
+
 def _is_checkpoint(content: Any) -> bool:
     try:
-        return isinstance(content["state_dict"], Mapping) and "rule" in content["hyper_parameters"]
-    except (KeyError, TypeError):
+        weights = {k: v for k, v in content["state_dict"].items() if k.startswith("rule.")}
+        return _is_state_dict(weights) and "rule" in content["hyper_parameters"]
+    except (AttributeError, IndexError, KeyError, TypeError):
         return False
 
 
 def _from_checkpoint(content: Any, name: str, rule: UpdateRule | None) -> UpdateRule:
     if _is_checkpoint(content):
         return fill_rule(content["hyper_parameters"]["rule"], _of_the_rule(content["state_dict"]), name)
-    if not isinstance(content, Mapping) or not all(isinstance(value, torch.Tensor) for value in content.values()):
+    if not isinstance(content, Mapping) or not _is_state_dict(content):
         raise ValueError(f"{name} is neither a checkpoint of a MetaOptimizer nor a state_dict: it holds no rule")
     if rule is None:
         raise ValueError(
@@ -105,6 +143,10 @@ def _from_checkpoint(content: Any, name: str, rule: UpdateRule | None) -> Update
             "with the arguments that it was trained with"
         )
     return fill_rule(describe(rule), _of_the_rule(content), name)
+
+
+def _is_state_dict(content: Mapping[Any, Any]) -> bool:
+    return all(isinstance(name, str) and isinstance(value, torch.Tensor) for name, value in content.items())
 
 
 def _of_the_rule(state_dict: Mapping[str, Any]) -> dict[str, Any]:
@@ -144,15 +186,22 @@ def read_rule(path: Path) -> UpdateRule:
     Raises:
         ValueError: The file is damaged, no rule file, or its weights do not fit the rule that it describes.
     """
-    return _read_rule(path.read_bytes(), path)
+    try:
+        content = path.read_bytes()
+    except (OSError, MemoryError) as error:
+        raise ValueError(f"{str(path)!r} cannot be read, give another file: {reason(error)}") from error
+    return _read_rule(content, path)
 
 
 def _read_rule(content: bytes, path: Path) -> UpdateRule:
     try:
-        with np.load(io.BytesIO(content), allow_pickle=False) as archive:
-            arrays = {name: archive[name] for name in archive.files}
-        description = json.loads(str(arrays.pop(_DESCRIPTION)))
-        weights = {name: torch.from_numpy(array) for name, array in arrays.items()}
+        with warnings.catch_warnings():  # of NumPy, about what is in the file
+            warnings.simplefilter("ignore")
+            _check_archive(io.BytesIO(content))
+            with np.load(io.BytesIO(content), allow_pickle=False) as archive:
+                arrays = {name: archive[name] for name in archive.files}
+            description = json.loads(str(arrays.pop(_DESCRIPTION)))
+            weights = {name: torch.from_numpy(array) for name, array in arrays.items()}
     except Exception as error:  # whatever a damaged file makes NumPy raise
         raise ValueError(
             f"{str(path)!r} cannot be read as a rule file (damaged, or with pickled objects in it), give another "
@@ -163,7 +212,10 @@ def _read_rule(content: bytes, path: Path) -> UpdateRule:
 
 def reason(error: Exception) -> str:
     """What an error says, in one line."""
-    return str(error).splitlines()[0] if str(error) else type(error).__name__
+    if str(error).startswith("Weights only load failed"):  # and then torch says how to load it all the same
+        return "it holds more than weights and plain values"
+    lines = str(error).strip().splitlines()
+    return _ESCAPES.sub("", lines[0]).strip()[:300] if lines else type(error).__name__
 
 
 def fill_rule(description: dict[str, Any], weights: dict[str, torch.Tensor], name: str) -> UpdateRule:
@@ -177,13 +229,24 @@ def fill_rule(description: dict[str, Any], weights: dict[str, torch.Tensor], nam
     Raises:
         ValueError: They do not fit each other.
     """
-    rule = build_rule(description)
     try:
-        rule.load_state_dict(weights)
-    except RuntimeError as error:
+        wanted = outline(description)
+    except ValueError as error:
+        raise ValueError(f"{name} describes a rule that there is not: {error}") from error
+    fitting = weights.keys() == wanted.keys() and all(
+        (w.shape, w.layout, w.is_floating_point(), w.is_meta)
+        == (wanted[k].shape, torch.strided, wanted[k].is_floating_point(), False)
+        for k, w in weights.items()
+    )
+    if not fitting:
         raise ValueError(
-            f"the weights in {name} do not fit the rule they are for ({description}): damaged, or of another size"
-        ) from error
+            f"the weights in {name} do not fit the rule they are for ({brief(description, 300)}): damaged, or of "
+            "another size"
+        )
+    if not all(bool(w.isfinite().all()) for w in weights.values()):
+        raise ValueError(f"the weights in {name} are not all finite: damaged, or of a rule that diverged; give another")
+    rule = build_rule(description)
+    rule.load_state_dict(weights)
     return rule.eval().requires_grad_(False)
 
 

@@ -26,7 +26,7 @@ from matplotlib.figure import Figure
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from lightning_l2l import cli
+from lightning_l2l import cli, errors
 from lightning_l2l.callbacks import LEARNED, MONITOR
 from lightning_l2l.figures import label_log_axis, look, tidy
 from lightning_l2l.rule_files import read_checkpoint
@@ -180,17 +180,17 @@ def _run(command: list[str], setting: Row, root: Path, first: bool) -> tuple[lis
         if math.isfinite(float(final_loss)):
             return rows, DONE
         return rows, f"failed: the rule diverged, final_loss={final_loss}"
-    except (ValueError, RuntimeError, FileNotFoundError) as error:
-        foreseen = cli.find_foreseen(error)
-        if foreseen is None:
+    except Exception as error:
+        told = errors.in_one_line(error)
+        if told is None:
             raise
-        if first and not isinstance(foreseen, RuntimeError):  # those: it diverged
-            sys.exit(f"error: {foreseen}")
-        message = str(foreseen)
+        if first and not isinstance(errors.find_foreseen(error), RuntimeError):  # those: it diverged
+            sys.exit(f"error: {told}")
+        message = told
     except SystemExit as stop:
         if first or stop.code != 2:  # 2: the parser's, which has said why; else Ctrl-C
             raise
-        message = str(stop.__context__)
+        message = errors.tidy(str(stop.__context__))
     status = "failed: " + " ".join(message.split())
     print(status, flush=True)
     return [{"optimizer": LEARNED}], status

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from lightning_l2l.rules.base import Memory, RuleUnroll, UpdateRule
 from lightning_l2l.tasks.base import Task, check_losses, init_from_seeds
+from lightning_l2l.tasks.batches import get_entries
 
 
 @dataclass
@@ -96,7 +97,7 @@ class Unroll:
         Raises:
             ValueError: The task's loss has the wrong shape, or is not finite at the start.
         """
-        seeds = batch["seed"]
+        (seeds,) = get_entries(batch, "seed")
         like = next(self.rule.parameters())
         start, buffers = init_from_seeds(self.task, seeds, device=like.device)
         theta = torch.cat([p.flatten(1) for p in start.values()], 1)

@@ -2,11 +2,17 @@
 
 import gzip
 
+import hypothesis
 import numpy as np
 import pytest
 
 from lightning_l2l.data import write_digits
 from optimizers import MAKERS
+
+# The same examples in every run, and few of them: `--hypothesis-profile campaign` looks further.
+hypothesis.settings.register_profile("repeatable", max_examples=50, derandomize=True, deadline=None, database=None)
+hypothesis.settings.register_profile("campaign", max_examples=3000, deadline=None, print_blob=True)
+hypothesis.settings.load_profile("repeatable")
 
 
 def write_idx(path, values):

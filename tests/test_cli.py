@@ -15,7 +15,7 @@ from lightning.pytorch.cli import LightningCLI
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from lightning_l2l import LearnedOptimizer, load_rule, main
-from lightning_l2l.cli import find_foreseen
+from lightning_l2l.errors import find_foreseen
 from lightning_l2l.rule_files import save_rule, shipped_rules
 from lightning_l2l.rules.describe import describe
 
@@ -189,6 +189,7 @@ def test_transfer_recipes_load_the_rule_and_differ_in_the_optimizee_alone(config
     assert recipe["model"]["final_steps"] == trained["model"]["final_steps"]
 
 
+@pytest.mark.filterwarnings("ignore:test without --ckpt_path")
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda p: p.stem)
 def test_every_recipe_fits_the_signatures(config, monkeypatch):
     monkeypatch.setattr(LightningCLI, "_run_subcommand", lambda self, command: None)

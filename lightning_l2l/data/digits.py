@@ -17,8 +17,8 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from lightning_l2l.arguments import check_at_least
 from lightning_l2l.data import idx
-from lightning_l2l.data.episodes import check_at_least
 
 Floats = npt.NDArray[np.float32]
 

@@ -15,17 +15,14 @@ from lightning.pytorch import LightningDataModule
 from torch import Tensor, distributed
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, default_collate, get_worker_info
 
+from lightning_l2l.arguments import MOST, check_at_least
 from lightning_l2l.data.minibatches import Minibatches
 
 Stage = Literal["train", "val", "test"]
 Sample = dict[str, Tensor | Minibatches]
 
-
-def check_at_least(minimum: int, **sizes: int | None) -> None:
-    """Raises a ValueError for the first of `sizes` that is not None and no integer of `minimum` or more."""
-    for name, value in sizes.items():
-        if value is not None and (not isinstance(value, int) or value < minimum):
-            raise ValueError(f"{name}={value!r} is not an integer of {minimum} or more; set {name}={minimum}")
+MOST_SEED = 2**64 - 1
+_MOST_WORKERS = 256
 
 
 def task_seed(seed: int, stage: str, epoch: int, index: int) -> int:
@@ -52,7 +49,7 @@ def task_seed(seed: int, stage: str, epoch: int, index: int) -> int:
         >>> task_seed(0, "train", 0, 1) == task_seed(0, "train", 1, 0)
         False
     """
-    check_at_least(0, seed=seed)
+    check_at_least(0, MOST_SEED, seed=seed)
     digest = blake2b(f"{seed}/{stage}/{epoch}/{index}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") >> 1
 
@@ -100,7 +97,7 @@ class EpisodeSampler(DistributedSampler[tuple[int, int]]):
     def __iter__(self) -> Iterator[tuple[int, int]]:
         epoch = 0 if self.fixed else self.epoch
         first = self.rank + self.num_done() * self.num_replicas
-        return iter([(epoch, index) for index in range(first, self.total_size, self.num_replicas)])
+        return ((epoch, index) for index in range(first, self.total_size, self.num_replicas))
 
 
 class EpisodeLoader(DataLoader[Sample]):
@@ -161,9 +158,12 @@ class EpisodeDataModule(LightningDataModule, ABC):
         num_workers: int = 0,
     ) -> None:
         super().__init__()
-        check_at_least(1, num_tasks=num_tasks, num_steps=num_steps, episodes_per_epoch=episodes_per_epoch)
-        check_at_least(1, num_val_tasks=num_val_tasks, num_test_tasks=num_test_tasks, eval_tasks=eval_tasks)
-        check_at_least(0, seed=seed, num_workers=num_workers)
+        check_at_least(1, MOST, num_tasks=num_tasks)
+        check_at_least(1, MOST, optional=True, num_steps=num_steps, eval_tasks=eval_tasks)
+        check_at_least(1, episodes_per_epoch=episodes_per_epoch)
+        check_at_least(1, num_val_tasks=num_val_tasks, num_test_tasks=num_test_tasks)
+        check_at_least(0, MOST_SEED, seed=seed)
+        check_at_least(0, _MOST_WORKERS, num_workers=num_workers)
         self.num_tasks = num_tasks
         self.seed = seed
         self.num_steps = num_steps
@@ -199,7 +199,7 @@ class EpisodeDataModule(LightningDataModule, ABC):
                 f"{type(self).__name__} has num_steps=None and no module with `num_steps` is being trained; "
                 "give num_steps, the number of inner steps of an episode, such as num_steps=100"
             )
-        check_at_least(1, num_steps=self.num_steps)
+        check_at_least(1, MOST, optional=True, num_steps=self.num_steps)
 
     def train_dataloader(self) -> DataLoader[Sample]:
         """Returns `episodes_per_epoch` batches of `num_tasks` tasks on each process."""

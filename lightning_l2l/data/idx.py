@@ -4,19 +4,23 @@ An IDX file is a magic number (two zero bytes, the type of the values, the numbe
 dimensions as 32-bit big-endian integers, and the values in row-major order.
 """
 
+import contextlib
 import gzip
 import hashlib
+import math
 import os
-import shutil
+import time
 import zlib
-from collections.abc import Mapping, Sequence
-from http.client import HTTPException
+from collections.abc import Iterator, Mapping, Sequence
+from http.client import HTTPException, HTTPResponse
 from pathlib import Path
+from typing import Any, BinaryIO, cast
+from urllib.parse import urlsplit
 from urllib.request import urlopen
 
 import numpy as np
 import numpy.typing as npt
-from rich.progress import wrap_file
+from rich.progress import Progress
 
 MIRRORS = (
     "https://ossci-datasets.s3.amazonaws.com/mnist/",
@@ -31,6 +35,10 @@ CHECKSUMS = {
 }
 REMEDY = "delete it and download it again"
 _UINT8 = 0x08
+_CHUNK = 2**20  # bytes read at a time
+_MOST_PACKED = 2**26  # bytes of an answer to a download; the largest file has 10 MB
+_MOST_UNPACKED = 2**28  # bytes of what is in it; 47 MB
+_MOST_SECONDS = 900.0  # of a download
 
 
 def raw_folder(root: str | Path) -> Path:
@@ -59,18 +67,28 @@ def read_idx(path: str | Path, num_dims: int) -> npt.NDArray[np.uint8]:
         ValueError: If the file is not what it should be; the message names the file, what was found and
             expected.
     """
-    content = _read_unpacked(Path(path))
-    header = 4 + 4 * num_dims
-    if len(content) < header:
-        raise ValueError(f"{path} has {len(content)} bytes, expected a header of {header}; {REMEDY}")
-    magic, expected = int.from_bytes(content[:4], "big"), _UINT8 << 8 | num_dims
-    if magic != expected:
-        raise ValueError(f"{path} has the magic number 0x{magic:08x}, expected 0x{expected:08x}; {REMEDY}")
-    shape = tuple(int(size) for size in np.frombuffer(content, ">u4", num_dims, offset=4))
-    length = header + int(np.prod(shape, dtype=object))
-    if len(content) != length:
-        raise ValueError(f"{path} has {len(content)} bytes, expected {length} for the shape {shape}; {REMEDY}")
-    return np.frombuffer(content, np.uint8, offset=header).reshape(shape)
+    path = Path(path)
+    with _opened(path) as file:
+        header = 4 + 4 * num_dims
+        start = file.read(header)
+        if len(start) < header:
+            raise ValueError(f"{path} has {len(start)} bytes, expected a header of {header}; {REMEDY}")
+        magic, expected = int.from_bytes(start[:4], "big"), _UINT8 << 8 | num_dims
+        if magic != expected:
+            raise ValueError(f"{path} has the magic number 0x{magic:08x}, expected 0x{expected:08x}; {REMEDY}")
+        shape = tuple(int(size) for size in np.frombuffer(start, ">u4", num_dims, offset=4))
+        length = math.prod(shape)
+        # No more than the header promises, piece by piece: neither it nor a packed file's size can be relied on.
+        values = bytearray()
+        while piece := file.read(min(length + 1 - len(values), _CHUNK)):
+            values += piece
+    if len(values) != length:
+        found = f"more than {header + length}" if len(values) > length else str(header + len(values))
+        raise ValueError(f"{path} has {found} bytes, expected {header + length} for the shape {shape}; {REMEDY}")
+    try:
+        return np.frombuffer(values, np.uint8).reshape(shape)
+    except ValueError:  # a size beside a zero
+        raise ValueError(f"{path} states the shape {shape}, which no array can have; {REMEDY}") from None
 
 
 def write_idx(path: str | Path, values: npt.NDArray[np.uint8]) -> None:
@@ -109,7 +127,7 @@ def download(
                 _fetch(f"{mirror}{name}.gz", folder / f"{name}.gz", checksums[name], timeout)
                 break
             except (OSError, HTTPException, ValueError) as error:
-                failures.append(f"{mirror}: {error}")
+                failures.append(f"{mirror}: {' '.join(str(error).split())[:200]}")
         else:
             files = ", ".join(f"{name}.gz" for name in checksums)
             raise RuntimeError(
@@ -120,12 +138,26 @@ def download(
 
 def _fetch(url: str, path: Path, checksum: str, timeout: float) -> None:
     part = path.with_name(f".{path.name}.{os.getpid()}.part")  # same folder, hence same disk: the move is atomic
+    deadline = time.monotonic() + _MOST_SECONDS
     try:
         with urlopen(url, timeout=timeout) as response, part.open("wb") as file:
-            size = int(response.headers.get("Content-Length", 0))
-            with wrap_file(response, size, description=path.name, transient=True) as reader:
-                shutil.copyfileobj(reader, file)
-        found = hashlib.md5(_read_unpacked(part, packed=True), usedforsecurity=False).hexdigest()
+            if urlsplit(response.url).scheme not in (urlsplit(url).scheme, "https"):
+                raise ValueError(f"it leads elsewhere, to {response.url}")
+            size, received = int(response.headers.get("Content-Length") or 0), 0
+            with Progress(transient=True) as progress:
+                bar = progress.add_task(path.name, total=size or None)
+                while piece := _read_some(response):
+                    received += file.write(piece)
+                    progress.advance(bar, len(piece))
+                    if received > _MOST_PACKED:
+                        raise ValueError(f"the answer has more than {_MOST_PACKED} bytes")
+                    if time.monotonic() > deadline:
+                        raise ValueError(f"it took more than {_MOST_SECONDS:g} seconds")
+            if received < size:
+                raise ValueError(f"the answer ended after {received} of {size} bytes")
+            file.flush()
+            os.fsync(file.fileno())
+        found = _md5(part)
         if found != checksum:
             raise ValueError(f"the unpacked content has the MD5 {found}, expected {checksum}")
         os.replace(part, path)
@@ -133,11 +165,31 @@ def _fetch(url: str, path: Path, checksum: str, timeout: float) -> None:
         part.unlink(missing_ok=True)
 
 
-def _read_unpacked(path: Path, packed: bool | None = None) -> bytes:
-    if not (path.suffix == ".gz" if packed is None else packed):
-        return path.read_bytes()
+def _read_some(response: Any) -> bytes:
+    # What has arrived, rather than a full chunk: one that trickles in would not be given up in time.
+    found: bytes = response.read1(_CHUNK) if isinstance(response, HTTPResponse) else response.read(_CHUNK)
+    return found
+
+
+def _md5(path: Path) -> str:
+    """MD5 of what is in a packed file."""
+    md5, size = hashlib.md5(usedforsecurity=False), 0
+    with _opened(path, packed=True) as file:
+        while piece := file.read(_CHUNK):
+            md5.update(piece)
+            size += len(piece)
+            if size > _MOST_UNPACKED:
+                raise ValueError(f"the unpacked content has more than {_MOST_UNPACKED} bytes")
+    return md5.hexdigest()
+
+
+@contextlib.contextmanager
+def _opened(path: Path, packed: bool = False) -> Iterator[BinaryIO]:
+    """The file, unpacked while it is read if it is packed or its name ends in `.gz`."""
     try:
-        with gzip.open(path) as file:
-            return file.read()
+        with gzip.open(path) if packed or path.suffix == ".gz" else path.open("rb") as file:
+            yield cast(BinaryIO, file)
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise ValueError(f"{path} is not a complete gzip file ({error}); {REMEDY}") from None
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read ({error.strerror or error}); {REMEDY}") from None

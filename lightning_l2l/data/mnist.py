@@ -5,8 +5,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from lightning_l2l.arguments import check_at_least, check_flag, check_type
 from lightning_l2l.data import idx
-from lightning_l2l.data.episodes import EpisodeDataModule, Sample, Stage, check_at_least
+from lightning_l2l.data.episodes import EpisodeDataModule, Sample, Stage
 from lightning_l2l.data.minibatches import Minibatches, Pool
 
 _SIZE = 28  # height and width of an image, in pixels
@@ -76,8 +77,10 @@ class MNISTDataModule(EpisodeDataModule):
             eval_tasks=eval_tasks,
             num_workers=num_workers,
         )
+        check_type((str, Path), "the path of a folder, such as 'data'", root=root)
         check_at_least(1, batch_size=batch_size)
         check_at_least(0, num_unseen=num_unseen)
+        check_flag(download=download)
         self.root = Path(root)
         self.batch_size = batch_size
         self.download = download

@@ -2,7 +2,8 @@
 
 import torch
 
-from lightning_l2l.data.episodes import EpisodeDataModule, Sample, Stage, check_at_least
+from lightning_l2l.arguments import MOST, check_at_least, check_fits_memory
+from lightning_l2l.data.episodes import EpisodeDataModule, Sample, Stage
 
 
 class QuadraticDataModule(EpisodeDataModule):
@@ -24,7 +25,8 @@ class QuadraticDataModule(EpisodeDataModule):
         num_workers: Number of worker processes; drawing the numbers is so cheap that 0 is the fastest.
 
     Raises:
-        ValueError: If a size is not a positive integer, or `seed` or `num_workers` is negative.
+        ValueError: If a size is not a positive integer or needs more memory than there is, or `seed` or
+            `num_workers` is negative.
 
     Example:
         >>> batch = next(iter(QuadraticDataModule(num_tasks=4, dim=3).train_dataloader()))
@@ -60,7 +62,9 @@ class QuadraticDataModule(EpisodeDataModule):
             eval_tasks=eval_tasks,
             num_workers=num_workers,
         )
-        check_at_least(1, dim=dim)
+        check_at_least(1, MOST, dim=dim)
+        most = max(num_tasks, self.eval_tasks)
+        check_fits_memory(4 * most * dim * (dim + 1), dim=dim, num_tasks=num_tasks, eval_tasks=self.eval_tasks)
         self.dim = dim
 
     def sample(self, stage: Stage, generator: torch.Generator) -> Sample:

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import inspect
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
+from lightning_l2l.arguments import brief
 from lightning_l2l.rules.base import UpdateRule
 
-PLAIN = (bool, int, float, str, type(None))
+PLAIN: tuple[type, ...] = (bool, int, float, str)
 
 
 def describe(thing: object) -> dict[str, Any]:
@@ -49,8 +53,11 @@ def _path(named: Any) -> str:
 
 
 def _plain(value: Any) -> Any:
-    if isinstance(value, PLAIN):
-        return value
+    for kind in PLAIN:
+        if isinstance(value, kind):
+            return kind(value)  # of a subclass, such as NumPy's float64, a checkpoint could not be read
+    if value is None:
+        return None
     if isinstance(value, list | tuple):
         return [_plain(v) for v in value]
     if isinstance(value, dict):
@@ -73,9 +80,57 @@ def build_rule(description: dict[str, Any]) -> UpdateRule:
         if _path(known) == path:
             try:
                 return known(**description["init_args"])
-            except (TypeError, KeyError) as error:
-                raise ValueError(f"{path} cannot be built from {description}: {error}") from error
-    raise ValueError(f"update rule {path!r} is not known; import the module that defines it first")
+            except Exception as error:  # whatever arguments that do not fit make a constructor raise
+                told = " ".join(f"{type(error).__name__}: {error}".split())
+                raise ValueError(f"{path} cannot be built from {brief(description, 300)}: {told}") from error
+    raise ValueError(f"update rule {brief(path)} is not known; import the module that defines it first")
+
+
+def outline(description: dict[str, Any]) -> dict[str, Tensor]:
+    """The state_dict of the rule that `describe` described, as tensors without memory where its class can do that.
+
+    Raises:
+        ValueError: As `build_rule`.
+    """
+    try:
+        with torch.device("meta"):
+            return build_rule(description).state_dict()
+    except ValueError:  # it may look at values, of which there are none there
+        return build_rule(description).state_dict()
+
+
+def check_names(content: Any, kinds: tuple[type, ...]) -> None:
+    """Refuse hyperparameters that name what is not known here: to look it up would mean to import and run it.
+
+    Args:
+        content: Plain types, nested, as a checkpoint holds them.
+        kinds: Of which the classes that may be named are; they must be imported already. Besides, functions of
+            `torch.nn.functional` may be.
+
+    Raises:
+        ValueError: There is another name, or that of a file.
+    """
+    if isinstance(content, str):
+        if (set(content) & set("./\\") or Path(content).exists()) and not _is_known(content, kinds):
+            raise ValueError(f"{brief(content)} is not known here")
+    elif isinstance(content, dict):
+        for key, value in content.items():
+            check_names(value, kinds)
+            if not isinstance(key, str):
+                raise ValueError(f"{brief(key)} is no name of an argument")
+    elif isinstance(content, list | tuple):
+        for value in content:
+            check_names(value, kinds)
+    elif not (content is None or isinstance(content, bool | int | float)):
+        raise ValueError(f"{brief(content)} is no plain value")
+
+
+def _is_known(path: str, kinds: tuple[type, ...]) -> bool:
+    module, _, name = path.rpartition(".")
+    found = vars(sys.modules[module]).get(name) if module in sys.modules else None
+    if isinstance(found, type):
+        return issubclass(found, kinds)
+    return inspect.isfunction(found) and found.__module__ == nn.functional.__name__
 
 
 def _subclasses(cls: type[UpdateRule]) -> Iterator[type[UpdateRule]]:

@@ -10,10 +10,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from lightning_l2l.arguments import brief, check_at_least, check_choice, check_fits_memory, is_number
 from lightning_l2l.rules.base import Memory, RuleUnroll, UpdateRule, block_size, blocks, cotangents
 from lightning_l2l.rules.fused import FusedLSTM, fused_for
 from lightning_l2l.rules.lstm_kernel import Block, LSTMShape, Scratch, pack, step_in_place, unpack_gradients
 from lightning_l2l.rules.preprocessing import PREPROCESSING
+
+_MOST_LAYERS = 1000
 
 
 class CoordinatewiseLSTM(UpdateRule):
@@ -32,7 +35,8 @@ class CoordinatewiseLSTM(UpdateRule):
         forget_bias: What the forget gates' bias starts at.
 
     Raises:
-        ValueError: A size below 1, an unknown preprocessing, p or output_scale out of range.
+        ValueError: A size below 1 or one that needs more memory than there is, an unknown preprocessing, another
+            argument out of range.
 
     Example:
         >>> rule = CoordinatewiseLSTM(hidden_size=4)
@@ -55,19 +59,20 @@ class CoordinatewiseLSTM(UpdateRule):
         forget_bias: float = 0.0,
     ) -> None:
         super().__init__()
-        for name, value in (("hidden_size", hidden_size), ("num_layers", num_layers)):
-            if value < 1:
-                raise ValueError(f"{name}={value} is not a size; use 1 or more")
-        if preprocessing not in PREPROCESSING:
-            raise ValueError(f"preprocessing={preprocessing!r} is unknown; use one of {', '.join(PREPROCESSING)}")
-        if not 0 < p <= 87:
+        check_at_least(1, hidden_size=hidden_size)
+        check_at_least(1, _MOST_LAYERS, num_layers=num_layers)
+        check_fits_memory(32 * num_layers * hidden_size**2, hidden_size=hidden_size, num_layers=num_layers)
+        check_choice(PREPROCESSING, preprocessing=preprocessing)
+        if not is_number(p) or not 0 < p <= 87:
             raise ValueError(
-                f"p={p} is out of range; use a number above 0 and up to 87 (e^p must be finite); 10 in the paper"
+                f"p={brief(p)} is out of range; use a number above 0 and up to 87 (e^p must be finite); 10 in the paper"
             )
-        if output_scale == 0 or not math.isfinite(output_scale):
+        if not is_number(output_scale) or output_scale == 0:
             raise ValueError(
-                f"output_scale={output_scale} gives no update; use a finite number other than 0, such as 0.1"
+                f"output_scale={brief(output_scale)} gives no update; use a finite number other than 0, such as 0.1"
             )
+        if not is_number(forget_bias):
+            raise ValueError(f"forget_bias={brief(forget_bias)} is out of range; use a finite number, such as 1.0")
         self.hidden_size = hidden_size
         self.num_layers = num_layers
         self.preprocessing = preprocessing

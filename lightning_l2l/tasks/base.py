@@ -6,6 +6,10 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from lightning_l2l.tasks.batches import form
+
+_INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+
 
 class Task(ABC):
     """A family of functions f_k(theta_k), k = 1..num_tasks, evaluated side by side.
@@ -111,7 +115,7 @@ def init_from_seeds(
         The parameters and the buffers, each a dictionary of tensors ``[num_tasks, ...]``.
 
     Raises:
-        ValueError: If ``seeds`` is not a one-dimensional, non-empty tensor.
+        ValueError: If ``seeds`` is not a one-dimensional, non-empty tensor of integers.
 
     Example:
         >>> from lightning_l2l.tasks import Quadratic
@@ -122,8 +126,8 @@ def init_from_seeds(
         >>> bool((alone["theta"][0] == params["theta"][2]).all())
         True
     """
-    if seeds.dim() != 1 or len(seeds) == 0:
-        raise ValueError(f"seeds has shape {list(seeds.shape)}; give one seed per task, [num_tasks]")
+    if not isinstance(seeds, Tensor) or seeds.dim() != 1 or len(seeds) == 0 or seeds.dtype not in _INTEGERS:
+        raise ValueError(f"seeds are {form(seeds)}; give one seed per task, an int64 tensor [num_tasks]")
     generator = torch.Generator()
     starts = [task.init_params(1, generator.manual_seed(mix_seed(seed, 0))) for seed in seeds.tolist()]
     params = {name: torch.cat([start[name] for start in starts]) for name in starts[0]}
@@ -148,11 +152,11 @@ def check_losses(losses: Tensor, num_tasks: int, *, at_start: bool) -> None:
             that waits for the device); later on, an optimizer may well diverge.
 
     Raises:
-        ValueError: If the shape is not ``[num_tasks]``, or a loss at the start is not finite.
+        ValueError: If they are no floating-point tensor ``[num_tasks]``, or a loss at the start is not finite.
     """
-    if losses.shape != (num_tasks,):
+    if not isinstance(losses, Tensor) or losses.shape != (num_tasks,) or not losses.is_floating_point():
         raise ValueError(
-            f"Task.loss returned shape {list(losses.shape)}, expected [num_tasks] = [{num_tasks}]; "
+            f"Task.loss returned {form(losses)}, expected [num_tasks] = [{num_tasks}]; "
             "return one loss per task, with no reduction over tasks"
         )
     if at_start and not bool(torch.isfinite(losses).all()):

@@ -1,6 +1,12 @@
 """Multilayer perceptrons."""
 
+from itertools import pairwise
+
 from torch import Tensor, nn
+
+from lightning_l2l.arguments import check_at_least, check_choice, check_fits_memory
+
+_MOST_LAYERS = 1000
 
 ACTIVATIONS: dict[str, type[nn.Module]] = {
     "elu": nn.ELU,
@@ -25,7 +31,7 @@ class MLP(nn.Module):
         activation: Name of the hidden layers' activation, a key of ``ACTIVATIONS``.
 
     Raises:
-        ValueError: If a size is too small or the activation is unknown.
+        ValueError: If a size is out of range or needs more memory than there is, or the activation is unknown.
 
     Example:
         >>> import torch
@@ -46,14 +52,12 @@ class MLP(nn.Module):
         activation: str = "sigmoid",
     ) -> None:
         super().__init__()
-        sizes = {"in_features": in_features, "hidden_size": hidden_size, "out_features": out_features}
-        for name, size in sizes.items():
-            if size < 1:
-                raise ValueError(f"{name}={size} must be at least 1")
-        if num_layers < 0:
-            raise ValueError(f"num_layers={num_layers} must be at least 0 (it counts the hidden layers)")
-        if activation not in ACTIVATIONS:
-            raise ValueError(f"activation={activation!r} is unknown; use one of {', '.join(ACTIVATIONS)}")
+        check_at_least(1, in_features=in_features, hidden_size=hidden_size, out_features=out_features)
+        check_at_least(0, _MOST_LAYERS, num_layers=num_layers)
+        check_choice(ACTIVATIONS, activation=activation)
+        widths = [in_features, *[hidden_size] * num_layers, out_features]
+        num_bytes = 4 * sum((a + 1) * b for a, b in pairwise(widths))
+        check_fits_memory(num_bytes, in_features=in_features, hidden_size=hidden_size, num_layers=num_layers)
         self.in_features, self.out_features = in_features, out_features
         self.hidden_size, self.num_layers, self.activation = hidden_size, num_layers, activation
         layers: list[nn.Module] = [nn.Flatten()]

@@ -12,7 +12,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 from torch.nn.parameter import is_lazy
 
+from lightning_l2l.arguments import brief, check_callable, check_flag, check_type, is_number
 from lightning_l2l.tasks.base import Task, mix_seed
+from lightning_l2l.tasks.batches import check_fit, check_minibatches, get_entries
 
 _UNSEEN_STREAM = 1 << 32  # of random numbers; those below are the start's, 0, and the steps', 1 + step
 _LABELS = (torch.int64, torch.int32, torch.int16, torch.int8)  # uint8 labels have become int64
@@ -41,6 +43,7 @@ class NetworkTask(Task):
     Raises:
         ValueError: If ``init_scale`` is not positive, or if the module has nothing to train, has
             uninitialised (lazy) parameters, or has parameters that no method of it initialises anew.
+        TypeError: If an argument is of another type.
 
     Example:
         >>> task = NetworkTask(nn.Linear(3, 2))
@@ -59,8 +62,12 @@ class NetworkTask(Task):
         init_scale: float | None = None,
         stochastic: bool | None = None,
     ) -> None:
-        if init_scale is not None and not 0 < init_scale < math.inf:
-            raise ValueError(f"init_scale={init_scale} must be positive, or None for the module's own start")
+        check_callable("an nn.Module, or a function that builds one", module=module)
+        check_callable("a function of (output, target), such as torch.nn.functional.cross_entropy", loss_fn=loss_fn)
+        if stochastic is not None:
+            check_flag(stochastic=stochastic)
+        if init_scale is not None and not (is_number(init_scale) and init_scale > 0):
+            raise ValueError(f"init_scale={brief(init_scale)} must be positive, or None for the module's own start")
         self.module = module
         self.loss_fn = loss_fn
         self.init_scale = init_scale
@@ -68,7 +75,9 @@ class NetworkTask(Task):
 
         # A private copy. Its own values do not matter: it runs with the optimizee's tensors in their place.
         with _global_rng(torch.Generator()), torch.device("cpu"):
-            template = copy.deepcopy(module if isinstance(module, nn.Module) else module()).cpu().train()
+            built = module if isinstance(module, nn.Module) else module()
+            check_type(nn.Module, "an nn.Module, or a function without arguments that builds one", module=built)
+            template = copy.deepcopy(built).cpu().train()
             named = dict(template.named_parameters())
             frozen = {name: value.detach().clone() for name, value in named.items() if not value.requires_grad}
             self._names = [name for name in named if name not in frozen]
@@ -111,10 +120,20 @@ class NetworkTask(Task):
             The losses ``[num_tasks]``.
 
         Raises:
-            ValueError: If the network is stochastic and the batch has no seed.
+            ValueError: If the network is stochastic and the batch has no seed, or network and data do not fit.
         """
+        try:
+            return self._loss(params, batch, step)
+        except Exception as error:
+            inputs, targets = check_minibatches(batch, len(params[self._names[0]]), step)
+            check_fit(error, self._template, inputs, targets)
+            raise
+
+    def _loss(self, params: Mapping[str, Tensor], batch: Mapping[str, Tensor], step: int) -> Tensor:
         inputs, targets = batch["inputs"].select(1, step), batch["targets"].select(1, step)
         num_tasks, labels = len(inputs), targets.dtype == torch.uint8
+        if not num_tasks == len(targets) == len(params[self._names[0]]):
+            raise ValueError(f"inputs and targets of {num_tasks} and {len(targets)} tasks do not fit the parameters")
         tensors, inputs, targets = self._prepare(params, inputs, targets)
         with self._noise(batch, 1 + step, inputs.device):
             if num_tasks == 1:  # vmap would cost as much as a small network itself
@@ -151,17 +170,23 @@ class NetworkTask(Task):
             their class. Nothing where the batch has no unseen examples.
 
         Raises:
-            ValueError: If the network is stochastic and the batch has no seed.
+            ValueError: If the network is stochastic and the batch has no seed, or network and data do not fit.
         """
         if "unseen_inputs" not in batch or "unseen_targets" not in batch:
             return {}
         kept = {name: params[name].clone() for name in self._buffers if name in params}
-        tensors, inputs, targets = self._prepare({**params, **kept}, batch["unseen_inputs"], batch["unseen_targets"])
+        data = get_entries(batch, "unseen_inputs", "unseen_targets")
+        if not len(data[0]) == len(data[1]) == len(params[self._names[0]]):
+            raise ValueError(f"'unseen_inputs' and 'unseen_targets' are of {len(data[0])} and {len(data[1])} tasks")
+        tensors, inputs, targets = self._prepare({**params, **kept}, *data)
         self._template.eval()
         try:
             with self._noise(batch, _UNSEEN_STREAM, inputs.device):
                 # One after the other: in this mode some layers have kernels for which vmap has no rule.
                 figures = [self._copy_figures(*copy) for copy in _copies(tensors, inputs, targets)]
+        except Exception as error:
+            check_fit(error, self._template, batch["unseen_inputs"], batch["unseen_targets"])
+            raise
         finally:
             self._template.train()
         return {name: torch.stack([copy[name] for copy in figures]) for name in figures[0]}

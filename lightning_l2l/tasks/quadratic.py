@@ -5,7 +5,9 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from lightning_l2l.arguments import MOST, check_at_least
 from lightning_l2l.tasks.base import Task
+from lightning_l2l.tasks.batches import form, get_entries
 
 
 class Quadratic(Task):
@@ -17,7 +19,7 @@ class Quadratic(Task):
         dim: Number of coordinates of theta, at least 1; W_k is ``dim`` x ``dim``.
 
     Raises:
-        ValueError: If ``dim`` is not positive.
+        ValueError: If ``dim`` is no positive integer.
 
     Example:
         >>> task = Quadratic(dim=2)
@@ -31,8 +33,7 @@ class Quadratic(Task):
     """
 
     def __init__(self, dim: int = 10) -> None:
-        if dim < 1:
-            raise ValueError(f"dim={dim} must be at least 1")
+        check_at_least(1, MOST, dim=dim)
         self.dim = dim
 
     def init_params(self, num_tasks: int, generator: torch.Generator) -> dict[str, Tensor]:
@@ -51,15 +52,20 @@ class Quadratic(Task):
             The losses ``[num_tasks]``.
 
         Raises:
-            ValueError: If a tensor has another shape.
+            ValueError: If a tensor is missing, or has another shape or dtype.
         """
-        theta, W, y = params["theta"], batch["W"], batch["y"]
+        theta, (W, y) = params["theta"], get_entries(batch, "W", "y")
         num_tasks, dim = len(theta), self.dim
         if W.shape != (num_tasks, dim, dim) or y.shape != (num_tasks, dim) or theta.shape != (num_tasks, dim):
             raise ValueError(
                 f"W {list(W.shape)}, y {list(y.shape)} and theta {list(theta.shape)} do not fit "
                 f"Quadratic(dim={dim}), which takes [num_tasks, dim, dim], [num_tasks, dim] and "
                 "[num_tasks, dim]; give the task and the data the same dim"
+            )
+        if not (W.dtype == y.dtype == theta.dtype and W.device == y.device == theta.device):
+            raise ValueError(
+                f"W is {form(W)} on {W.device}, y {form(y)} on {y.device} and theta {form(theta)} on {theta.device}; "
+                "give the data the dtype and device of theta"
             )
         # Few operators: at this size each costs more than its arithmetic.
         residual = torch.baddbmm(y.unsqueeze(2), W, theta.unsqueeze(2), beta=-1)  # [num_tasks, dim, 1]

@@ -32,5 +32,5 @@ def test_unknown_activation_lists_the_known_ones():
 @pytest.mark.parametrize("kwargs", [{"in_features": 0}, {"hidden_size": -1}, {"num_layers": -1}, {"out_features": 0}])
 def test_sizes_are_checked(kwargs):
     ((name, value),) = kwargs.items()
-    with pytest.raises(ValueError, match=f"{name}={value} must be at least"):
+    with pytest.raises(ValueError, match=f"{name}={value} is not an integer of"):
         MLP(**kwargs)

@@ -234,7 +234,7 @@ def test_no_unseen_data_no_figures():
 def test_a_failing_forward_on_unseen_data_leaves_the_task_in_training_mode():
     task = NetworkTask(copy.deepcopy(CONVNET))
     params, buffers = init_from_seeds(task, torch.arange(2))
-    with pytest.raises(RuntimeError):
+    with pytest.raises(ValueError, match="do not take inputs"):
         task.unseen(params | buffers, with_unseen(make_batch(2, (1, 6, 6)), (1, 6, 6)))
     assert all(layer.training for layer in task._template.modules())
 
@@ -414,10 +414,10 @@ def test_a_failing_forward_leaves_the_task_usable():
     params, _ = init_from_seeds(task, torch.arange(2))
     batch = make_batch(2, (4,))
     expected = task.loss(params, batch, 0)
-    with pytest.raises(RuntimeError):
+    with pytest.raises(ValueError, match="do not take inputs"):
         task.loss(params, make_batch(2, (7,)), 0)
     assert torch.equal(task.loss(params, batch, 0), expected)
-    with pytest.raises(IndexError):
+    with pytest.raises(ValueError, match="the batch has 3 minibatches"):
         task.loss(params, batch, 3)
 
 
