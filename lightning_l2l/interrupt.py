@@ -98,6 +98,19 @@ class ResumeCheckpoint(ModelCheckpoint):
         for logger in trainer.loggers:
             logger.save()
 
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Let a run whose folder has been moved know its best checkpoint again, which Lightning would forget."""
+        own = checkpoint.get("callbacks", {}).get(self.state_key, {}).get("dirpath")
+        if not own or not self.dirpath or Path(str(trainer.ckpt_path)).resolve().parent != Path(self.dirpath):
+            return
+        folder = Path(self.dirpath)
+        for state in checkpoint["callbacks"].values():
+            if state.get("dirpath") == own:
+                state["dirpath"] = self.dirpath
+                for name in ("best_model_path", "kth_best_model_path", "last_model_path"):
+                    state[name] = state[name] and str(folder / Path(state[name]).name)
+                state["best_k_models"] = {str(folder / Path(p).name): v for p, v in state["best_k_models"].items()}
+
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
         """Stop here if asked to, unless a validation is due."""
         super().on_train_batch_end(trainer, pl_module, *args)

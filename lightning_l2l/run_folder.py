@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import shutil
+import threading
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -87,14 +88,23 @@ def held(folders: Iterable[Path], needed: int) -> Iterator[None]:
                 )
             remove_partial(folder)
             remove_partial(folder / "checkpoints")
+        before = threading.excepthook
+        # TensorBoard's thread would print a traceback; the main thread meets the same error with its next curve.
+        threading.excepthook = lambda args: None if _is_no_room(args.exc_value) else before(args)
         try:
             yield
         except OSError as error:
-            if error.errno not in _NO_ROOM:
+            if not _is_no_room(error):
                 raise
             raise RuntimeError(
                 f"a file could not be written ({error.strerror}); free space, and go on with --ckpt_path last"
             ) from error
+        finally:
+            threading.excepthook = before
+
+
+def _is_no_room(error: BaseException | None) -> bool:
+    return isinstance(error, OSError) and error.errno in _NO_ROOM
 
 
 def _lock(descriptor: int, folder: Path) -> None:
