@@ -3,6 +3,7 @@
 They are forked from a process that has imported the package: starting one takes no time.
 """
 
+import math
 import multiprocessing
 import os
 import resource
@@ -14,8 +15,9 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import torch
+from lightning.pytorch import Callback
 
-from lightning_l2l import main
+from lightning_l2l import Quadratic, main
 
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(["lightning_l2l"])
@@ -109,3 +111,29 @@ def _run(folder, arguments, output, largest_file, environment):
     if largest_file is not None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, largest_file))
     main()
+
+
+class Poisoned(Quadratic):
+    """Quadratics, of which those with one seed have a loss that is no number from some step on.
+
+    Args:
+        dim: As there.
+        seed: Of the starting point; -1: none.
+        step: The inner step.
+    """
+
+    def __init__(self, dim: int = 10, seed: int = -1, step: int = 0):
+        super().__init__(dim)
+        self.seed, self.step = seed, step
+
+    def loss(self, params, batch, step):
+        losses = super().loss(params, batch, step)
+        return losses * torch.where((batch["seed"] == self.seed) & (step >= self.step), math.nan, 1.0)
+
+
+class WriteDown(Callback):
+    """Writes, in every process, what it has come to."""
+
+    def on_train_end(self, trainer, pl_module):
+        found = {"weights": pl_module.rule.state_dict(), "skipped": pl_module.skipped}
+        torch.save(found, f"rank_{trainer.global_rank}.pt")

@@ -345,3 +345,31 @@ def test_a_run_that_is_alive_is_not_joined_and_a_dead_one_is(tmp_path):
     epochs = load(checkpoint(tmp_path))["epoch"] + 2
     main([*FIT, f"--trainer.max_epochs={epochs}", "--ckpt_path=last"])
     assert load(checkpoint(tmp_path))["epoch"] == epochs - 1
+
+
+def test_slurm_has_a_job_go_on_in_its_folder(tmp_path):
+    program = tmp_path / "bin/scontrol"
+    program.parent.mkdir()
+    program.write_text(f"#!/bin/sh\necho $* >> {tmp_path}/asked.txt\n")
+    program.chmod(0o755)
+    names = {"NTASKS": 1, "JOB_ID": 7, "JOB_NAME": "fit", "PROCID": 0, "LOCALID": 0, "NODEID": 0, "NODELIST": "here"}
+    job = {f"SLURM_{name}": value for name, value in names.items()}
+    job["PATH"] = f"{program.parent}:/usr/bin:/bin"
+    flags = [*FIT, "--data.episodes_per_epoch=40", "--trainer.max_epochs=6"]
+    undisturbed = start(tmp_path / "undisturbed", *flags)
+    command = start(tmp_path / "job", *flags, environment=job)
+    command.wait_for(checkpoint(tmp_path / "job").exists)
+    command.signal(signal.SIGUSR1)
+    command.wait_for((tmp_path / "asked.txt").exists)
+    command.signal(signal.SIGTERM)
+    assert command.end() == 143, command.told
+    assert (tmp_path / "asked.txt").read_text() == "requeue 7\n"
+    again = start(tmp_path / "job", *flags, environment=job)
+    assert again.end() == 0, again.told
+    assert "Resuming from hpc_ckpt_1.ckpt after " in again.told
+    assert undisturbed.end() == 0
+    assert [p.name for p in (tmp_path / "job/lightning_logs").iterdir()] == ["version_0"]
+    for name in ("last", "best"):
+        one, other = (load(checkpoint(tmp_path / folder, name)) for folder in ("undisturbed", "job"))
+        assert_equal(one["state_dict"], other["state_dict"])
+        assert_equal(best_score(one), best_score(other))
