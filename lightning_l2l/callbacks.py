@@ -196,9 +196,10 @@ class LearningCurves(Callback):
         """Run the baselines on the batch that the rule has been run on."""
         self._runs[LEARNED].append(Rollout(**outputs))
         task, num_steps = _setting(pl_module)
-        for tuned in self.tuned:
-            run = rollout(tuned.baseline.at(tuned.lr), task, batch, num_steps, pl_module.device)
-            self._runs[tuned.baseline.name].append(run)
+        with trainer.precision_plugin.test_step_context():  # the rule's own run was in it
+            for tuned in self.tuned:
+                run = rollout(tuned.baseline.at(tuned.lr), task, batch, num_steps, pl_module.device)
+                self._runs[tuned.baseline.name].append(run)
 
     def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Print the table and write the files."""
@@ -268,18 +269,19 @@ class LearningCurves(Callback):
             names = ", ".join(b.name for b in self.baselines)
             pl_module.print(f"Tuning the learning rates of {names} on {tasks}, {num_steps} steps each ...")
             start = time.monotonic()
-            self.tuned = [
-                tune(
-                    baseline,
-                    task,
-                    batches,
-                    num_steps,
-                    pl_module.device,
-                    final_steps=_final_steps(pl_module),
-                    mean_over_ranks=lambda x: cast(Tensor, trainer.strategy.reduce(x, reduce_op="mean")),
-                )
-                for baseline in self.baselines
-            ]
+            with trainer.precision_plugin.val_step_context():  # as the rule's own run
+                self.tuned = [
+                    tune(
+                        baseline,
+                        task,
+                        batches,
+                        num_steps,
+                        pl_module.device,
+                        final_steps=_final_steps(pl_module),
+                        mean_over_ranks=lambda x: cast(Tensor, trainer.strategy.reduce(x, reduce_op="mean")),
+                    )
+                    for baseline in self.baselines
+                ]
         found = ", ".join(f"{t.baseline.name} {t.lr:g}" for t in self.tuned)
         pl_module.print(f"Tuned in {time.monotonic() - start:.1f} s: {found}")
 

@@ -6,29 +6,34 @@ import os
 import shlex
 import sys
 import warnings
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 from jsonargparse import Namespace, auto_cli
+from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningDataModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
-from lightning.pytorch.loggers import TensorBoardLogger
-from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.plugins import CheckpointIO
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch.nn import Module
 
 from lightning_l2l import data, rules, tasks  # noqa: F401  # so that YAML can name their classes without a path
 from lightning_l2l.callbacks import LearningCurves
+from lightning_l2l.checkpoints import LAST, PREVIOUS, AtomicCheckpointIO, read_whole_checkpoint
 from lightning_l2l.errors import PROG, OneLineParser, find_foreseen, in_one_line
-from lightning_l2l.interrupt import ResumeCheckpoint
+from lightning_l2l.interrupt import ResumeCheckpoint, terminable
 from lightning_l2l.meta_optimizer import MetaOptimizer
-from lightning_l2l.rule_files import SUFFIX, load_rule, read_checkpoint, save_rule, shipped_rules
+from lightning_l2l.rule_files import SUFFIX, load_rule, save_rule, shipped_rules
 from lightning_l2l.rules import UpdateRule
 from lightning_l2l.rules.describe import check_names, describe
+from lightning_l2l.run_folder import RunLogger, folders_of, held, room_for
+from lightning_l2l.runs import shown, writes
 from lightning_l2l.tasks import Task
 
-LAST = "last"
+NEWEST = "last"
 
 DESCRIPTION = """Learning to learn by gradient descent by gradient descent.
 
@@ -75,6 +80,8 @@ class CLI(LightningCLI):
 
     _rule: UpdateRule | None = None  # whose weights the configured one gets
     _checkpoint: dict[str, Any] | None = None  # where they are from, if not from a rule file
+    _resume_into: Path | None = None  # the folder of the run that goes on
+    _steps_done = 0  # outer steps of that run
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """The callbacks that every run has, configurable as `--checkpoint.*` and `--curves.*`."""
@@ -110,6 +117,8 @@ class CLI(LightningCLI):
         """Find "last", and take the model from the checkpoint where the command line says nothing of it."""
         command = self.config.get("subcommand")
         config = self.config[command] if command else {}
+        if command == "fit" and not config.get("ckpt_path"):
+            config["ckpt_path"] = _requeued(Path(config["trainer"]["default_root_dir"] or "."))
         if not config.get("ckpt_path"):
             if command != "fit":
                 rank_zero_warn(
@@ -120,17 +129,17 @@ class CLI(LightningCLI):
         if config["ckpt_path"] in shipped_rules() or Path(config["ckpt_path"]).suffix == SUFFIX:
             self._use_rule(config, command)
             return
-        if config["ckpt_path"] == LAST:
+        if config["ckpt_path"] == NEWEST:
             config["ckpt_path"] = str(_newest_last(Path(config["trainer"]["default_root_dir"] or ".")))
         path = Path(config["ckpt_path"])
-        checkpoint = read_checkpoint(path)  # refuses what it cannot read, in one line
+        checkpoint = read_whole_checkpoint(path)  # refuses what it cannot read, in one line
         rule = load_rule(path)  # and rules that do not fit their description
         if command == "fit":
             _check_resumable(path, checkpoint)
+            self._resume_into = _run_of(path, checkpoint)
+            self._steps_done = checkpoint["global_step"]
         else:  # the rule is all there is to restore, so nothing else in the file is looked at
             self._rule, self._checkpoint = rule, checkpoint
-        if command == "fit" and path.name == "last.ckpt" and path.parent.name == "checkpoints":
-            self._resume_into = path.resolve().parent.parent
         defaults = self._subcommand_parsers[command].get_defaults()
         if config["model"] == defaults["model"]:
             try:
@@ -185,13 +194,19 @@ class CLI(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Log to TensorBoard where nothing else is asked for; a resumed run goes on in the folder of the first."""
         config = self.config_init[self.subcommand]["trainer"]
+        plugins = config["plugins"] or []
+        plugins = plugins if isinstance(plugins, list) else [plugins]
+        if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
+            kwargs["plugins"] = [*plugins, AtomicCheckpointIO()]
         if config["logger"] in (None, True):
             root, name, version = config["default_root_dir"], "lightning_logs", None
-            folder = getattr(self, "_resume_into", None)
+            folder = self._resume_into
+            options: dict[str, Any] = {}
             if folder is not None and folder.name.startswith("version_"):
                 warnings.filterwarnings("ignore", "Checkpoint directory .* exists and is not empty")  # as it should
                 root, name, version = folder.parent.parent, folder.parent.name, int(folder.name[len("version_") :])
-            kwargs["logger"] = TensorBoardLogger(root, name, version, default_hp_metric=False)
+                options["purge_step"] = self._steps_done + 1  # curves of what is going to be done again
+            kwargs["logger"] = RunLogger(root, name, version, default_hp_metric=False, **options)
         try:
             return super().instantiate_trainer(**kwargs)
         except (MisconfigurationException, ValueError) as error:
@@ -202,6 +217,16 @@ class CLI(LightningCLI):
             raise ValueError(
                 f"the Trainer refuses its arguments ({given}): {told}; use others, see {PROG} {self.subcommand} --help"
             ) from error
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        with ExitStack() as stack:
+            stack.enter_context(terminable())
+            if subcommand == "fit" and writes(self.trainer):
+                stack.enter_context(held(folders_of(self.trainer), room_for(self.model.parameters())))
+                if self._steps_done:
+                    path = shown(self.config["fit"]["ckpt_path"])
+                    rank_zero_info(f"Resuming from {path} after {self._steps_done} outer steps")
+            super()._run_subcommand(subcommand)
 
 
 def _check_resumable(path: Path, checkpoint: dict[str, Any]) -> None:
@@ -214,6 +239,23 @@ def _check_resumable(path: Path, checkpoint: dict[str, Any]) -> None:
             f"{str(path)!r} holds a rule, but nothing that `fit` could go on with ({', '.join(wrong)}); use `test`, "
             "or give a checkpoint that `fit` wrote"
         )
+
+
+def _requeued(root: Path) -> str | None:
+    """The checkpoint that Lightning wrote when Slurm announced the end of a job, which then starts anew."""
+    found = {int(p.stem.split("_")[-1]): p for p in root.glob("hpc_ckpt_*.ckpt") if p.stem.split("_")[-1].isdecimal()}
+    return str(found[max(found)]) if found and SLURMEnvironment.detect() else None
+
+
+def _run_of(path: Path, checkpoint: dict[str, Any]) -> Path | None:
+    """The folder of the run that a checkpoint is to be gone on with in; None: a new one."""
+    if path.name in (LAST, PREVIOUS) and path.parent.name == "checkpoints":
+        return path.resolve().parent.parent
+    if path.name.startswith("hpc_ckpt_"):
+        for key, state in checkpoint.get("callbacks", {}).items():
+            if key.startswith(ResumeCheckpoint.__qualname__) and state.get("dirpath"):
+                return Path(state["dirpath"]).parent
+    return None
 
 
 def _newest_last(root: Path) -> Path:
@@ -234,7 +276,7 @@ def export(ckpt_path: str, output: Path) -> None:
         ckpt_path: A checkpoint, the name of a shipped rule, or "last" for the newest run under this folder.
         output: Where to, with the suffix .npz; an existing file is replaced.
     """
-    rule = load_rule(_newest_last(Path()) if ckpt_path == LAST else ckpt_path)
+    rule = load_rule(_newest_last(Path()) if ckpt_path == NEWEST else ckpt_path)
     save_rule(rule, output)
     arguments = ", ".join(f"{k}={v!r}" for k, v in describe(rule)["init_args"].items())
     print(f"{output}: {type(rule).__name__}({arguments}), {output.stat().st_size / 1000:.0f} kB")

@@ -54,8 +54,8 @@ class MetaOptimizer(LightningModule):
     Logged, against the number of outer steps:
 
     * `train/meta_loss`: sum over the episode's `num_steps` terms w_t f_t(theta_t), t = 1 .. num_steps, mean over
-      tasks; `train/meta_gradient_norm`: the largest of the episode, before clipping; `train/skipped`: outer
-      steps skipped so far because the meta-gradient was not finite.
+      the tasks of all ranks; `train/meta_gradient_norm`: the largest of the episode, before clipping;
+      `train/skipped`: outer steps skipped so far because the meta-gradient was not finite.
     * `val/final_loss`: f_t(theta_t), mean over the last `final_steps` inner steps and the validation tasks;
       `val/trajectory_loss`: mean over all inner steps t = 1 .. num_steps; `val/meta_loss`: as in training. A
       diverged task makes them infinite. `val/unseen_loss`, `val/unseen_accuracy`: of the final optimizees on
@@ -201,6 +201,7 @@ class MetaOptimizer(LightningModule):
             total += truncation.meta_loss.detach()
             largest = torch.maximum(largest, norm)
             self._outer_step(optimizer, bool(norm.isfinite()))
+        total = cast(Tensor, self.trainer.strategy.reduce(total, reduce_op="mean"))  # over ranks
         values: dict[str, Any] = {
             "train/meta_loss": total,
             "train/meta_gradient_norm": largest,

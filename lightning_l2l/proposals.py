@@ -297,7 +297,7 @@ class UpdateProposals(Callback):
     def _draw(self, trainer: Trainer, pl_module: LightningModule, batch: Batch, stage: str) -> Figure:
         task, rule = cast(Task, pl_module.task), cast(UpdateRule, pl_module.rule)
         num_steps = cast(int, pl_module.num_steps)
-        with isolate_rng():
+        with isolate_rng(), trainer.precision_plugin.forward_context():
             gradients = record_gradients(rule, task, batch, num_steps, pl_module.device)
             count = gradients.shape[1]
             coordinate = typical_coordinate(gradients) if self.coordinate is None else self.coordinate

@@ -53,7 +53,7 @@ def run(name="version_0"):
 
 def test_fit_then_validate_test_predict(capsys):
     main(["fit", *TINY_FIT])
-    assert {p.name for p in (run() / "checkpoints").iterdir()} == {"best.ckpt", "last.ckpt"}
+    assert {p.name for p in (run() / "checkpoints").iterdir()} == {"best.ckpt", "last.ckpt", "previous.ckpt"}
     assert (run() / "config.yaml").is_file()
     told = capsys.readouterr().out
     for name in ("adam", "rmsprop", "sgd", "nag"):
