@@ -68,7 +68,7 @@ class LearningCurves(Callback):
         self,
         baselines: Sequence[str | Baseline] = ("adam", "rmsprop", "sgd", "nag", "adamw"),
         quantiles: tuple[float, float] = (0.1, 0.9),
-        every_n_epochs: int = 1,
+        every_n_epochs: int = 5,
         test_command: str | None = None,
     ) -> None:
         self.baselines = find_baselines(baselines, reserved=(LEARNED,))

@@ -58,6 +58,7 @@ DEFAULTS: dict[str, Any] = {
             "dim": 10,
             "episodes_per_epoch": 50,
             "num_val_tasks": 512,
+            "eval_tasks": 512,
             "num_test_tasks": 512,
         },
     },

@@ -200,7 +200,7 @@ class MetaOptimizer(LightningModule):
             norm = torch.nn.utils.get_total_norm([p.grad for p in self.rule.parameters() if p.grad is not None])
             total += truncation.meta_loss.detach()
             largest = torch.maximum(largest, norm)
-            self._outer_step(optimizer, bool(norm.isfinite()))
+            self._outer_step(optimizer, float(norm))
         total = cast(Tensor, self.trainer.strategy.reduce(total, reduce_op="mean"))  # over ranks
         values: dict[str, Any] = {
             "train/meta_loss": total,
@@ -210,11 +210,11 @@ class MetaOptimizer(LightningModule):
         self.log_dict({**values, "step": float(self.global_step)}, batch_size=1)
         self.log("meta_loss", total, prog_bar=True, logger=False, batch_size=1)
 
-    def _outer_step(self, optimizer: Any, finite: bool) -> None:
+    def _outer_step(self, optimizer: Any, norm: float) -> None:
         # The gradient has been averaged over ranks by now: one rank's bad number makes all of them skip together.
-        if finite:
+        if math.isfinite(norm):
             self.skipped_in_a_row = 0
-            if self.gradient_clip is not None:
+            if self.gradient_clip is not None and norm > self.gradient_clip:
                 self.clip_gradients(optimizer, self.gradient_clip, "norm")
             optimizer.step()
             return

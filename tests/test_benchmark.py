@@ -13,6 +13,7 @@ detached.
 import copy
 import math
 import statistics
+import sys
 import time
 
 import pytest
@@ -20,7 +21,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from lightning_l2l import LearnedOptimizer
+from lightning_l2l import LearnedOptimizer, MetaOptimizer, main
 from lightning_l2l.rules import CoordinatewiseLSTM
 from lightning_l2l.rules.base import CPU_BLOCK, blocks
 from lightning_l2l.tasks import MLP, NetworkTask, Quadratic
@@ -154,6 +155,47 @@ def test_meta_epoch(benchmark, problem, capsys):
     found, other = benchmark.stats.stats.median, statistics.median(seconds["reference"])
     with capsys.disabled():
         print(f"\n({problem}) {found:.3f} s, {found / other:.3f} x the reference ({other:.3f} s)")
+
+
+RUNS = {
+    "M": ["--config=configs/mnist.yaml", "--data.episodes_per_epoch=100", "--trainer.max_epochs=2"],
+    "Q": ["--trainer.max_epochs=10"],
+}
+
+
+@pytest.mark.parametrize("problem", RUNS)
+def test_share_of_all_but_meta_training(benchmark, problem, mnist_root, tmp_path, monkeypatch, capsys):
+    """Of `fit` after tuning: data, validation, logging, checkpoints and what Lightning does about the episodes."""
+    seconds = dict.fromkeys(("training_step", "log"), 0.0)
+
+    def timed(name):
+        function = getattr(MetaOptimizer, name)
+
+        def run(self, *args, **options):
+            start = time.perf_counter()
+            try:
+                return function(self, *args, **options)
+            finally:
+                inside = name == "training_step" or self.trainer.training
+                seconds[name] += inside * (time.perf_counter() - start)
+
+        monkeypatch.setattr(MetaOptimizer, name, run)
+
+    for name in seconds:
+        timed(name)
+    clock = {}
+    for name in ("on_train_start", "on_train_end"):
+        monkeypatch.setattr(MetaOptimizer, name, lambda self, name=name: clock.update({name: time.perf_counter()}))
+    torch.set_num_threads(2)
+    flags = [f"--data.root={mnist_root}"] if problem == "M" else []
+    flags += [f"--trainer.default_root_dir={tmp_path}", "--trainer.enable_progress_bar=false"]
+    monkeypatch.setattr(sys, "argv", ["lightning-l2l"])
+    benchmark.pedantic(lambda: main(["fit", *RUNS[problem], *flags, "--trainer.accelerator=cpu"]), rounds=1)
+    total = clock["on_train_end"] - clock["on_train_start"]
+    episodes = seconds["training_step"] - seconds["log"]
+    with capsys.disabled():
+        share = 1 - episodes / total
+        print(f"\n({problem}) {total:.1f} s after tuning, {100 * share:.1f} % of it not in episodes")
 
 
 MODELS = {

@@ -215,11 +215,11 @@ def test_nonfinite_meta_gradients_are_skipped_counted_and_stop_the_run(trainer):
 def test_a_finite_meta_gradient_ends_the_row():
     module = make(max_skipped=2)
     optimizer = torch.optim.SGD(module.rule.parameters(), lr=0.0)
-    for finite in (False, True, False, True, False):
-        module._outer_step(optimizer, finite)
+    for norm in (math.inf, 1.0, math.nan, 1.0, math.inf):
+        module._outer_step(optimizer, norm)
     assert module.skipped == 3
     with pytest.raises(RuntimeError):
-        module._outer_step(optimizer, False)
+        module._outer_step(optimizer, math.nan)
 
 
 @pytest.mark.parametrize(
