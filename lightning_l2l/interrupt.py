@@ -134,7 +134,7 @@ class ResumeCheckpoint(ModelCheckpoint):
                 handler(signal.SIGUSR1, None)
         if asked:
             path = Path(self.dirpath or trainer.default_root_dir) / LAST
-            trainer.save_checkpoint(path)
+            trainer.save_checkpoint(path, weights_only=False)
             rank_zero_info(f"Stopped after {trainer.global_step} outer steps; go on with --ckpt_path {shown(path)}")
             self._agreed = True
             self._release()

@@ -56,8 +56,9 @@ class Command:
             assert time.monotonic() < deadline, self.told
             time.sleep(0.005)
 
-    def signal(self, signum):
-        os.kill(self.process.pid, signum)
+    def signal(self, signum, group=False):
+        """Send it a signal, and to the processes that it has started if all the group gets it."""
+        (os.killpg if group else os.kill)(self.process.pid, signum)
 
     def end(self, seconds=60):
         """Wait for its end; gives the exit status."""
@@ -104,10 +105,12 @@ def _run(folder, arguments, output, largest_file, environment):
     said = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(said, 1)
     os.dup2(said, 2)
+    os.setpgrp()
     os.chdir(folder)
     os.environ.update({name: str(value) for name, value in environment.items()})
     sys.argv = ["lightning-l2l", *arguments]
     torch.set_num_threads(1)
+    multiprocessing.set_start_method("fork", force=True)  # not this process' own way, but that of a command
     if largest_file is not None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, largest_file))
     main()

@@ -12,7 +12,7 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from lightning_l2l import main
+from lightning_l2l import QuadraticDataModule, main
 from lightning_l2l.checkpoints import AtomicCheckpointIO, is_whole
 from lightning_l2l.cli import find_foreseen
 from lightning_l2l.run_folder import RunLogger
@@ -192,6 +192,30 @@ def test_sigterm_finishes_the_episode_and_the_run_goes_on_bit_for_bit(tmp_path):
         assert_equal(best_score(one), best_score(other))
     steps = [step for step, _ in scalars(tmp_path / "stopped", "val/final_loss")]
     assert steps == [80, 160, 240, 320]
+
+
+@pytest.mark.parametrize("signum, status", [(signal.SIGTERM, 143), (signal.SIGINT, 1)], ids=["SIGTERM", "Ctrl-C"])
+def test_a_signal_to_the_workers_as_well_finishes_the_episode(tmp_path, signum, status):
+    command = start(tmp_path / "run", *FIT, ENDLESS, "--data.num_workers=1")
+    command.wait_for(checkpoint(tmp_path / "run").exists)
+    command.signal(signum, group=True)
+    assert command.end() == status, command.told
+    assert command.told.count("go on with --ckpt_path") == 1
+    assert command.told.count("Finishing this episode") == (signum == signal.SIGINT)
+    assert "Traceback" not in command.told
+
+
+def test_a_worker_still_heeds_the_process_that_started_it():
+    data = QuadraticDataModule(num_tasks=2, num_workers=1)
+    data.setup()
+    batches = iter(data.val_dataloader())
+    next(batches)
+    (worker,) = batches._workers
+    with pytest.raises(RuntimeError, match="exited unexpectedly"):  # by torch, for the signal about a child's end
+        worker.terminate()
+        worker.join(10)
+        assert worker.exitcode == 143
+        next(batches)
 
 
 def test_sigterm_while_baselines_are_tuned_ends_the_run_at_once(tmp_path):

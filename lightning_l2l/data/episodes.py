@@ -5,6 +5,10 @@ travels with the index from the sampler to the worker, so that a worker needs no
 outlive the epoch.
 """
 
+import multiprocessing
+import os
+import signal
+import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from hashlib import blake2b
@@ -232,6 +236,7 @@ class EpisodeDataModule(LightningDataModule, ABC):
             num_workers=self.num_workers,
             persistent_workers=self.num_workers > 0,
             pin_memory=torch.cuda.is_available(),
+            worker_init_fn=_leave_stopping_to_the_run if self.num_workers else None,
         )
 
     def _num_done(self) -> int:
@@ -284,6 +289,23 @@ def _side_by_side(samples: list[Sample]) -> Sample:
         else:
             batch[name] = default_collate(values)
     return batch
+
+
+def _leave_stopping_to_the_run(worker: int) -> None:
+    """Let a worker stay when Ctrl-C or a cluster's SIGTERM reaches all processes: the run finishes its episode."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    run = multiprocessing.parent_process()  # not os.getppid(), which may be a server that has forked the worker
+    if run is None or not hasattr(signal, "sigwaitinfo"):  # without it nobody knows who sends a signal
+        return
+    boss = run.pid
+
+    def wait() -> None:
+        while signal.sigwaitinfo({signal.SIGTERM}).si_pid != boss:
+            pass
+        os._exit(128 + signal.SIGTERM)  # the run ends a worker that hangs
+
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    threading.Thread(target=wait, daemon=True).start()
 
 
 def _is_distributed() -> bool:
