@@ -99,6 +99,8 @@ class CLI(LightningCLI):
                 f"a file that the command line names is not text ({error}); give --config a YAML file, and "
                 "--ckpt_path a checkpoint"
             ) from error
+        except RecursionError as error:
+            raise ValueError("the configuration refers to itself, or is nested too deeply; write it out") from error
         config = self.config[self.config["subcommand"]]
         seed, trainer = config["seed_everything"], config["trainer"]
         if trainer["gradient_clip_val"]:
@@ -210,7 +212,7 @@ class CLI(LightningCLI):
             kwargs["logger"] = RunLogger(root, name, version, default_hp_metric=False, **options)
         try:
             return super().instantiate_trainer(**kwargs)
-        except (MisconfigurationException, ValueError) as error:
+        except (ImportError, MisconfigurationException, ValueError) as error:
             if not isinstance(error, MisconfigurationException) and find_foreseen(error) is not None:
                 raise
             given = ", ".join(f"{name}={config[name]}" for name in ("accelerator", "devices", "strategy", "num_nodes"))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from itertools import accumulate, groupby
@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Adam, Optimizer
 
-from lightning_l2l.arguments import brief, check_flag, is_number
+from lightning_l2l.arguments import brief, check_callable, check_flag, check_type, is_number
 from lightning_l2l.rule_files import load_rule
 from lightning_l2l.rules import UpdateRule
 from lightning_l2l.safeguards import new_record, over_ranks, runs_away
@@ -55,6 +55,7 @@ class LearnedOptimizer(Optimizer):
 
     Raises:
         ValueError: An option is out of its range.
+        TypeError: The rule is none, or a module is given in place of its parameters.
         RuntimeError: In `step`, for a sparse or complex gradient, or `fallback_lr` without a loss.
 
     Example:
@@ -80,6 +81,9 @@ class LearnedOptimizer(Optimizer):
         if fallback_lr is not None and not (is_number(fallback_lr) and fallback_lr > 0):
             raise ValueError(f"fallback_lr={brief(fallback_lr)} is not above 0; use 0.001, or None for no fallback")
         check_flag(maximize=maximize, skip_nonfinite=skip_nonfinite)
+        if isinstance(params, nn.Module):
+            raise TypeError(f"params is the module {type(params).__name__}; give its parameters, module.parameters()")
+        check_type((UpdateRule, str, Path, Mapping), "'mnist', the path of a checkpoint, or a rule", rule=rule)
         self.rule = rule if isinstance(rule, UpdateRule) else load_rule(rule)
         self.skip_nonfinite = skip_nonfinite
         self.num_skipped = 0
@@ -126,6 +130,7 @@ class LearnedOptimizer(Optimizer):
             The loss, as far as known.
         """
         if closure is not None:
+            check_callable("a function that returns the loss, or the loss itself as step(loss=loss)", closure=closure)
             with torch.enable_grad():
                 found = closure()
             loss = found if loss is None else loss
@@ -276,6 +281,8 @@ class LearnedOptimizer(Optimizer):
             given.update({p: state_dict["state"].get(k, {}).get(STATE) for p, k in self._match(state_dict)})
             for p, state in given.items():
                 wanted = [self.rule.state_size, p.numel()]
+                if state is not None and not (isinstance(state, Tensor) and state.layout == torch.strided):
+                    raise ValueError(f"{STATE} is {brief(state)}, no dense tensor of shape {wanted}; give another file")
                 if state is not None and list(state.shape) != wanted:
                     raise ValueError(
                         f"a state of shape {list(state.shape)} does not fit a parameter of shape {list(p.shape)}, "

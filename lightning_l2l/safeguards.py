@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, distributed
 
+from lightning_l2l.arguments import brief
+
 #: Inner steps over which the loss is averaged, and twice of which pass before it is judged.
 WINDOW = 10
 #: The part of what had been gained that may be lost again.
@@ -68,8 +70,17 @@ def runs_away(record: dict[str, Any], loss: float) -> bool:
 
 
 def over_ranks(loss: Any, device: torch.device) -> float:
-    """A loss as a number: under `torch.distributed` the mean over all ranks, so that all decide alike."""
-    value = loss.detach() if isinstance(loss, Tensor) else torch.tensor(float(loss), dtype=torch.float64)
+    """A loss as a number: under `torch.distributed` the mean over all ranks, so that all decide alike.
+
+    Raises:
+        ValueError: It is not one number.
+    """
+    if isinstance(loss, Tensor) and loss.numel() != 1:
+        raise ValueError(f"a loss of shape {list(loss.shape)} is not one number; give its mean")
+    try:
+        value = loss.detach() if isinstance(loss, Tensor) else torch.tensor(float(loss), dtype=torch.float64)
+    except (TypeError, ValueError, OverflowError) as error:
+        raise ValueError(f"the loss {brief(loss)} is no number; give the mean over the minibatch") from error
     if distributed.is_available() and distributed.is_initialized():
         value = value.to(device, torch.float32, copy=True)
         distributed.all_reduce(value)

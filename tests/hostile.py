@@ -24,6 +24,7 @@ def result_of(function, *arguments, **options):
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error")
+            warnings.filterwarnings("ignore", "Using a target size")  # torch's own clear line about mse_loss
             return function(*arguments, **options)
     except (ValueError, TypeError, FileNotFoundError) as error:
         assert find_foreseen(error) is error, f"{type(error).__name__}: {error}"[:300]

@@ -139,6 +139,7 @@ def options_of(constructor):
 @example((QuadraticDataModule, {"num_workers": 10**6}))
 @example((QuadraticDataModule, {"num_tasks": None}))
 @example((MLP, {"hidden_size": 10**6, "num_layers": 40}))
+@example((MLP, {"out_features": 10**9}))
 @example((make_network_task, {"module": lambda: 3}))
 @example((make_baseline, {"name": "a\nb"}))
 @example((LearningCurves, {"baselines": "adam"}))

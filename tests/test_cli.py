@@ -15,7 +15,6 @@ from lightning.pytorch.cli import LightningCLI
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from lightning_l2l import LearnedOptimizer, load_rule, main
-from lightning_l2l.errors import find_foreseen
 from lightning_l2l.rule_files import save_rule, shipped_rules
 from lightning_l2l.rules.describe import describe
 
@@ -226,79 +225,6 @@ def shell(*arguments, **options):
     return subprocess.Popen(
         command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options
     )
-
-
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("trained")
-    before = Path.cwd()
-    os.chdir(folder)
-    try:
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(sys, "argv", ["lightning-l2l"])
-            main(["fit", *TINY_FIT])
-    finally:
-        os.chdir(before)
-    return folder / "lightning_logs/version_0/checkpoints/best.ckpt"
-
-
-def mistakes(trained, mnist_root, tmp_path):
-    """Foreseeable mistakes, and what the message about each must contain."""
-    damaged = tmp_path / "damaged.ckpt"
-    damaged.write_bytes(trained.read_bytes()[:500])
-    (tmp_path / "bad.yaml").write_text("model:\n  num_stepz: 5\n")
-    (tmp_path / "class.yaml").write_text("model:\n  rule:\n    class_path: lightning_l2l.CoordinatewiseGRU\n")
-    half = tmp_path / "half/MNIST/raw"
-    half.mkdir(parents=True)
-    for file in (Path(mnist_root) / "MNIST/raw").iterdir():
-        content = file.read_bytes()
-        (half / file.name).write_bytes(content[: len(content) // 2] if "train-images" in file.name else content)
-    return [
-        (["fit", "--model.unroll_length=30"], "use 1, 2, 4, 5, 10, 20, 25, 50 or 100"),
-        (["fit", "--data.num_tasks=0"], "num_tasks=0"),
-        (["fit", "--model.num_steps=-5"], "num_steps=-5"),
-        (["fit", "--model.rule.p=0"], "p=0"),
-        (["fit", "--model.num_stepz=5"], "num_stepz"),
-        (["fit", "--config=bad.yaml"], "num_stepz"),
-        (["fit", "--config=class.yaml"], "CoordinatewiseGRU"),
-        (["fit", "--ckpt_path=nowhere.ckpt"], "nowhere.ckpt"),
-        (["fit", "--ckpt_path=last"], "no checkpoints/last.ckpt"),
-        (["fit", "--ckpt_path=mnist"], "a shipped rule is trained already"),
-        (["fit", f"--config={ROOT / 'configs' / 'mnist_relu.yaml'}"], "a shipped rule is trained already"),
-        (["test", *TINY, f"--ckpt_path={damaged}"], "damaged"),
-        (["test", *TINY, "--model.rule.hidden_size=4", f"--ckpt_path={trained}"], "--model.rule.hidden_size 3"),
-        (["test", *TINY, "--trainer.inference_mode=true", f"--ckpt_path={trained}"], "inference_mode=False"),
-        (["export", "--ckpt_path=mnist", "--output=rule.bin"], "use 'rule.npz'"),
-        (["export", "--ckpt_path=mnist", "--output=absent/rule.npz"], "no folder 'absent'"),
-        (["export", f"--ckpt_path={damaged}", "--output=rule.npz"], "damaged"),
-        (["export", "--ckpt_path=last", "--output=rule.npz"], "no checkpoints/last.ckpt"),
-        (["fit", *mnist(tmp_path / "absent", "--data.download=false")], "train-images"),
-        (["fit", *mnist(half.parents[1], "--data.download=false")], "train-images"),
-    ]
-
-
-def test_bad_input_is_told_in_one_line_with_value_and_remedy(trained, mnist_root, tmp_path, capsys):
-    for arguments, told in mistakes(trained, mnist_root, tmp_path):
-        try:
-            main(arguments)
-        except SystemExit:  # the parser's own
-            message = capsys.readouterr().err.split("error: ")[1]
-        except (ValueError, RuntimeError, FileNotFoundError) as error:
-            message = str(find_foreseen(error))
-            assert "\n" not in message, message
-        else:
-            pytest.fail(f"{arguments} went through")
-        assert told in message, (arguments, message)
-
-
-@pytest.mark.parametrize("number", [1, 5, 9, 11, 15])
-def test_the_shell_sees_that_line_and_no_traceback(number, trained, mnist_root, tmp_path):
-    arguments, told = mistakes(trained, mnist_root, tmp_path)[number]
-    process = shell(*arguments)
-    _, error = process.communicate(timeout=120)
-    assert process.returncode in (1, 2)
-    assert "Traceback" not in error
-    assert told in error.split("error: ")[1]
 
 
 def test_ctrl_c_ends_cleanly_and_last_goes_on():

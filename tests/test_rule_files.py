@@ -473,9 +473,7 @@ def test_commands_refuse_hostile_files_too(here):
 def test_a_flipped_bit_in_a_weight_is_found(here):
     place = CHECKPOINT.index(SMALL_RULE.readout.weight.detach().numpy().tobytes())
     Path("flipped.ckpt").write_bytes(mutated(CHECKPOINT, [(place / len(CHECKPOINT), b"\x01\x02")], 1.0))
-    with pytest.raises(
-        ValueError, match=r"cannot be read as a checkpoint .* the checksum of 'archive/data/.* is wrong"
-    ):
+    with pytest.raises(ValueError, match=r"cannot be read as a checkpoint .* the checksum of .* is wrong"):
         load_rule("flipped.ckpt")
 
 

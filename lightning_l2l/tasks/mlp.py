@@ -57,15 +57,16 @@ class MLP(nn.Module):
         check_choice(ACTIVATIONS, activation=activation)
         widths = [in_features, *[hidden_size] * num_layers, out_features]
         num_bytes = 4 * sum((a + 1) * b for a, b in pairwise(widths))
-        check_fits_memory(num_bytes, in_features=in_features, hidden_size=hidden_size, num_layers=num_layers)
+        layers = {"hidden_size": hidden_size, "num_layers": num_layers} if num_layers else {}
+        check_fits_memory(num_bytes, in_features=in_features, **layers, out_features=out_features)
         self.in_features, self.out_features = in_features, out_features
         self.hidden_size, self.num_layers, self.activation = hidden_size, num_layers, activation
-        layers: list[nn.Module] = [nn.Flatten()]
+        modules: list[nn.Module] = [nn.Flatten()]
         width = in_features
         for _ in range(num_layers):
-            layers += [nn.Linear(width, hidden_size), ACTIVATIONS[activation]()]
+            modules += [nn.Linear(width, hidden_size), ACTIVATIONS[activation]()]
             width = hidden_size
-        self.layers = nn.Sequential(*layers, nn.Linear(width, out_features))
+        self.layers = nn.Sequential(*modules, nn.Linear(width, out_features))
 
     def forward(self, inputs: Tensor) -> Tensor:
         """Map inputs ``[n, ...]`` to outputs ``[n, out_features]``."""

@@ -88,6 +88,7 @@ def test_good_batches_run(case, episode):
 )
 @example(case="dropout", name="targets", change=lambda x: x[..., None], episode=episode_by_unroll)
 @example(case="floats", name="targets", change=lambda x: x[..., None], episode=episode_by_unroll)
+@example(case="regression", name="targets", change=lambda x: x[..., None], episode=episode_by_unroll)
 @example(case="bytes", name="unseen_inputs", change=lambda x: x[..., :-1], episode=episode_by_rollout)
 def test_any_batch_gives_losses_or_one_line(case, name, change, episode):
     task, batch = CASES[case]
