@@ -109,7 +109,7 @@ def command(output, program):
 def fitted(tmp_path_factory):
     """A run with everything on."""
     tmp_path = tmp_path_factory.mktemp("fit")
-    curves, module = LearningCurves(), make_module()
+    curves, module = LearningCurves(every_n_epochs=1), make_module()
     checkpoint = ModelCheckpoint(monitor="val/final_loss", filename="best")
     trainer = make_trainer(tmp_path, curves, callbacks=[checkpoint])
     trainer.fit(module, make_data())
