@@ -19,6 +19,7 @@ from lightning.pytorch import LightningDataModule
 from lightning.pytorch.cli import LightningArgumentParser
 
 from lightning_l2l.rules import UpdateRule
+from lightning_l2l.rules.describe import subclasses_of
 from lightning_l2l.tasks import Task
 
 PROG = "python -m lightning_l2l"
@@ -29,6 +30,7 @@ _NOISE = re.compile(
     r"Does not validate against any of the Union subtypes|Subtypes: .*|Errors:|Given value type: .*|"
     r"Given value: (NestedArg|Namespace)\(.*|Expected a <class 'NoneType'>.*|Expected a path but .*"
 )
+_LONGEST = 800  # characters of a message: of a file that is no configuration the parser shows the whole
 _NO_MEMORY = re.compile(r"DefaultCPUAllocator|can't allocate memory|not enough memory")
 
 
@@ -111,6 +113,7 @@ def tidy(message: str, parser: Any = None, files: Sequence[str] = ()) -> str:
     if files and re.match(r"Unexpected config|Problems parsing config", text):
         text = text.replace('in "<unicode string>", ', "").rstrip(":;")
         text = f"{' '.join(files)}: {text}, where a YAML file of fields belongs"
+    text = text if len(text) <= _LONGEST else f"{text[:_LONGEST]}..."
     nearest = _nearest(text, parser)
     hint = f"did you mean {' or '.join(nearest)}? " if nearest else ""
     if text.startswith("unrecognized") and prog == PROG:
@@ -143,12 +146,7 @@ def _arguments(path: str) -> Iterable[str]:
 
 
 def _classes() -> Iterator[str]:
-    for base in (UpdateRule, Task, LightningDataModule):
-        for cls in _subclasses(base):
+    bases: tuple[Any, ...] = (UpdateRule, Task, LightningDataModule)
+    for base in bases:
+        for cls in subclasses_of(base):
             yield cls.__name__
-
-
-def _subclasses(cls: Any) -> Iterator[type]:
-    for sub in cls.__subclasses__():
-        yield sub
-        yield from _subclasses(sub)

@@ -212,3 +212,20 @@ def test_more_memory_than_the_machine_has_is_refused():
     check_fits_memory(10**6, a=3)
     with pytest.raises(ValueError, match=r"^a=3, b=4 need 1e\+15 GB of memory, .* has .* GB; use a smaller a or b$"):
         check_fits_memory(10**24, a=3, b=4)
+
+
+class Wide(QuadraticDataModule):
+    def sample(self, stage, generator):
+        return {"W": torch.zeros(1).expand(10**9)}  # which take no memory by themselves
+
+
+def test_a_batch_that_does_not_fit_the_memory_is_refused_before_it_is_drawn():
+    with pytest.raises(ValueError, match=r"num_tasks=100000 need 4e\+05 GB of memory, .*; use a smaller num_tasks"):
+        next(iter(Wide(num_tasks=10**5).train_dataloader()))
+
+
+def test_a_million_tasks_are_counted_and_not_listed():
+    """A sampler that listed the tasks of an epoch would need a hundred gigabytes here."""
+    data = QuadraticDataModule(num_tasks=2, dim=1, episodes_per_epoch=10**9, num_val_tasks=10**9)
+    assert len(next(iter(data.train_dataloader()))["seed"]) == 2
+    assert len(next(iter(data.val_dataloader()))["seed"]) == 2

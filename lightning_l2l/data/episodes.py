@@ -19,7 +19,7 @@ from lightning.pytorch import LightningDataModule
 from torch import Tensor, distributed
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, default_collate, get_worker_info
 
-from lightning_l2l.arguments import MOST, check_at_least
+from lightning_l2l.arguments import MOST, check_at_least, check_fits_memory
 from lightning_l2l.data.minibatches import Minibatches
 
 Stage = Literal["train", "val", "test"]
@@ -268,11 +268,14 @@ class _Episodes(Dataset[Sample]):
 
     def __getitems__(self, keys: list[tuple[int, int] | int]) -> list[Sample]:
         generator = torch.Generator()  # one for all: seeding it anew is cheaper than making it
-        samples = []
+        samples: list[Sample] = []
         for key in keys:
             epoch, index = key if isinstance(key, tuple) else (0, key)
             generator.manual_seed(task_seed(self.data.seed, self.stage, epoch, index))
             sample = dict(self.data.sample(self.stage, generator))
+            if not samples:  # before the others are drawn, which may be a million
+                one = sum((v.order if isinstance(v, Minibatches) else v).nbytes for v in sample.values())
+                check_fits_memory(len(keys) * one, num_tasks=len(keys))
             sample["seed"] = torch.tensor(task_seed(self.data.seed, f"{self.stage}/start", epoch, index))
             samples.append(sample)
         return samples

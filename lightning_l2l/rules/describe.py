@@ -6,7 +6,7 @@ import inspect
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from lightning_l2l.arguments import brief
 from lightning_l2l.rules.base import UpdateRule
 
+T = TypeVar("T")
 PLAIN: tuple[type, ...] = (bool, int, float, str)
 
 
@@ -76,7 +77,7 @@ def build_rule(description: dict[str, Any]) -> UpdateRule:
         ValueError: The class is unknown, or its arguments do not fit it.
     """
     path = description.get("class_path") if isinstance(description, dict) else None
-    for known in _subclasses(UpdateRule):  # type: ignore[type-abstract]
+    for known in subclasses_of(UpdateRule):  # type: ignore[type-abstract]
         if _path(known) == path:
             try:
                 return known(**description["init_args"])
@@ -133,7 +134,8 @@ def _is_known(path: str, kinds: tuple[type, ...]) -> bool:
     return inspect.isfunction(found) and found.__module__ == nn.functional.__name__
 
 
-def _subclasses(cls: type[UpdateRule]) -> Iterator[type[UpdateRule]]:
+def subclasses_of(cls: type[T]) -> Iterator[type[T]]:
+    """All classes that derive from one, as far as they are imported."""
     for sub in cls.__subclasses__():
         yield sub
-        yield from _subclasses(sub)
+        yield from subclasses_of(sub)
