@@ -109,7 +109,7 @@ def command(output, program):
 def fitted(tmp_path_factory):
     """A run with everything on."""
     tmp_path = tmp_path_factory.mktemp("fit")
-    curves, module = LearningCurves(), make_module()
+    curves, module = LearningCurves(every_n_epochs=1), make_module()
     checkpoint = ModelCheckpoint(monitor="val/final_loss", filename="best")
     trainer = make_trainer(tmp_path, curves, callbacks=[checkpoint])
     trainer.fit(module, make_data())
@@ -205,7 +205,7 @@ def test_default_test_command(fitted, capsys):
 
 @pytest.mark.parametrize("sanity", [0, 1, -1])
 def test_with_and_without_sanity_check(tmp_path, capsys, sanity):
-    curves = LearningCurves(baselines=["sgd"])
+    curves = LearningCurves(baselines=["sgd"], every_n_epochs=1)
     trainer = make_trainer(tmp_path, curves, max_epochs=2, num_sanity_val_steps=sanity)
     trainer.fit(make_module(), make_data())
     output = capsys.readouterr().out

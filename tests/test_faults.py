@@ -95,7 +95,7 @@ def killed_and_resumed(folder, flags, kills, generator):
     return command
 
 
-@pytest.mark.parametrize("kills", [3, pytest.param(20, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kills", [3, pytest.param(8, marks=pytest.mark.slow)])
 def test_a_run_that_is_killed_at_random_moments_ends_as_if_it_had_not_been(tmp_path, kills):
     seed = random.randrange(2**32)
     print(f"moments by seed {seed}")
