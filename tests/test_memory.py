@@ -42,8 +42,10 @@ while len(seconds) < 3 and sum(seconds) < 5:
     begin = time.perf_counter()
     unroll.run(episode, num_steps).meta_loss.backward()
     seconds.append(time.perf_counter() - begin)
+    size = episode.theta.numel()
+    del episode
 assert all(p.grad.isfinite().all() for p in rule.parameters())
-peak, size = status("VmHWM") - start, episode.theta.numel()
+peak = status("VmHWM") - start
 print(json.dumps({"coordinates": size, "bytes": peak, "seconds": min(seconds), "steps": num_steps}))
 """
 
@@ -164,9 +166,10 @@ def draw(rows, path):
         memory.plot(sizes, [n * kept.floats_kept(steps) * 4e-9 for n in sizes], color=COLOURS[k], linestyle=":")
         time.plot(sizes, [row["ns"] for row in of_these], label=f"{steps} steps", **look)
     memory.plot([], [], color="0.4", linestyle=":", label="if activations were kept")
-    memory.set(xscale="log", yscale="log", xlabel="coordinates", ylabel="GB", title="peak memory above the start")
+    memory.set(xscale="log", yscale="log", xlabel="coordinates", ylabel="GB", ylim=(2e-3, None))
+    memory.set_title("peak memory above the start")
     time.set(xscale="log", xlabel="coordinates", ylabel="ns", title="time a coordinate and step", ylim=(0, None))
     for axes in (memory, time):
         tidy(axes)
-        axes.legend(frameon=False, fontsize=8)
+        axes.legend(frameon=False, fontsize=8, loc="lower right")
     figure.savefig(path)
