@@ -1,9 +1,11 @@
 """What may befall a run, and that nothing is lost by it; with real processes where these are what counts."""
 
+import errno
 import random
 import shutil
 import signal
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -15,7 +17,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from lightning_l2l import QuadraticDataModule, main
 from lightning_l2l.checkpoints import AtomicCheckpointIO, is_whole
 from lightning_l2l.cli import find_foreseen
-from lightning_l2l.run_folder import RunLogger
+from lightning_l2l.run_folder import RunLogger, held
 from processes import ENDLESS, TINY, start
 
 FIT = ["fit", *TINY, "--data.num_tasks=4", "--curves.baselines=[]"]
@@ -250,6 +252,20 @@ def test_curves_that_cannot_be_written_are_told_in_one_line(tmp_path):
     message = command.told.split("error: ")[1]
     assert "File too large" in message and message.count("\n") == 1
     assert "Traceback" not in command.told
+
+
+def test_a_thread_that_finds_the_disk_full_leaves_it_to_the_main_thread_to_say_so(tmp_path):
+    def write():
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    before = threading.excepthook  # pytest's, by which a thread that fails is an error of the test
+    with held([tmp_path], 0):
+        thread = threading.Thread(target=write)
+        thread.start()
+        thread.join()
+    assert threading.excepthook is before
+    with pytest.raises(RuntimeError, match=r"No space left on device.*--ckpt_path last"), held([tmp_path], 0):
+        write()
 
 
 def refused(arguments):
