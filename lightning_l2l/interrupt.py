@@ -93,11 +93,6 @@ class ResumeCheckpoint(ModelCheckpoint):
     def _on_requeue(self, signum: int, frame: FrameType | None) -> None:
         self.requeue = True
 
-    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Write down the curves up to here: whoever goes on from the checkpoint does not draw them again."""
-        for logger in trainer.loggers:
-            logger.save()
-
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Let a run whose folder has been moved know its best checkpoint again, which Lightning would forget."""
         own = checkpoint.get("callbacks", {}).get(self.state_key, {}).get("dirpath")

@@ -1,9 +1,11 @@
 """What may befall a run, and that nothing is lost by it; with real processes where these are what counts."""
 
+import errno
 import random
 import shutil
 import signal
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -15,7 +17,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from lightning_l2l import QuadraticDataModule, main
 from lightning_l2l.checkpoints import AtomicCheckpointIO, is_whole
 from lightning_l2l.cli import find_foreseen
-from lightning_l2l.run_folder import RunLogger
+from lightning_l2l.run_folder import RunLogger, held
 from processes import ENDLESS, TINY, start
 
 FIT = ["fit", *TINY, "--data.num_tasks=4", "--curves.baselines=[]"]
@@ -99,7 +101,6 @@ def killed_and_resumed(folder, flags, kills, generator):
 def test_a_run_that_is_killed_at_random_moments_ends_as_if_it_had_not_been(tmp_path, kills):
     seed = random.randrange(2**32)
     print(f"moments by seed {seed}")
-    # Curves are written down every so many steps; those of the checkpoint must be there with it.
     flags = [*FIT, f"--trainer.max_epochs={15 * kills}", "--trainer.log_every_n_steps=25"]
     undisturbed = start(tmp_path / "undisturbed", *flags)
     command = killed_and_resumed(tmp_path / "killed", flags, kills, random.Random(seed))
@@ -245,11 +246,26 @@ def test_a_full_disk_while_it_runs_is_told_in_one_line_and_last_stays(tmp_path):
 
 
 def test_curves_that_cannot_be_written_are_told_in_one_line(tmp_path):
-    command = start(tmp_path / "run", *FIT, ENDLESS, largest_file=50_000)  # a figure has more
+    flags = [*FIT, ENDLESS, "--curves.every_n_epochs=1"]
+    command = start(tmp_path / "run", *flags, largest_file=50_000)  # a figure has more
     assert command.end() == 1
     message = command.told.split("error: ")[1]
     assert "File too large" in message and message.count("\n") == 1
     assert "Traceback" not in command.told
+
+
+def test_a_thread_that_finds_the_disk_full_leaves_it_to_the_main_thread_to_say_so(tmp_path):
+    def write():
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    before = threading.excepthook  # pytest's, by which a thread that fails is an error of the test
+    with held([tmp_path], 0):
+        thread = threading.Thread(target=write)
+        thread.start()
+        thread.join()
+    assert threading.excepthook is before
+    with pytest.raises(RuntimeError, match=r"No space left on device.*--ckpt_path last"), held([tmp_path], 0):
+        write()
 
 
 def refused(arguments):
@@ -369,15 +385,17 @@ def test_slurm_has_a_job_go_on_in_its_folder(tmp_path):
     names = {"NTASKS": 1, "JOB_ID": 7, "JOB_NAME": "fit", "PROCID": 0, "LOCALID": 0, "NODEID": 0, "NODELIST": "here"}
     job = {f"SLURM_{name}": value for name, value in names.items()}
     job["PATH"] = f"{program.parent}:/usr/bin:/bin"
-    flags = [*FIT, "--data.episodes_per_epoch=40", "--trainer.max_epochs=6"]
+    flags = [*FIT, "--model.num_steps=60", "--data.episodes_per_epoch=10", "--trainer.max_epochs=6"]
     undisturbed = start(tmp_path / "undisturbed", *flags)
     command = start(tmp_path / "job", *flags, environment=job)
     command.wait_for(checkpoint(tmp_path / "job").exists)
+    time.sleep(0.1)  # into an episode
     command.signal(signal.SIGUSR1)
     command.wait_for((tmp_path / "asked.txt").exists)
     command.signal(signal.SIGTERM)
     assert command.end() == 143, command.told
     assert (tmp_path / "asked.txt").read_text() == "requeue 7\n"
+    assert load(tmp_path / "job/hpc_ckpt_1.ckpt")["global_step"] % 20 == 0
     again = start(tmp_path / "job", *flags, environment=job)
     assert again.end() == 0, again.told
     assert "Resuming from hpc_ckpt_1.ckpt after " in again.told
