@@ -106,18 +106,15 @@ def is_whole(path: Path) -> bool:
         return False
 
 
-def read_whole_checkpoint(path: Path) -> dict[str, Any]:
-    """A checkpoint of `MetaOptimizer`, its checksums verified, read without executing anything in it.
+def read_to_resume(path: Path) -> dict[str, Any]:
+    """A checkpoint of `MetaOptimizer` to go on with, read without executing anything in it.
 
     Raises:
         FileNotFoundError: There is no such file.
         ValueError: It is damaged, or no checkpoint of a rule; the message offers the one before, if that can be read.
     """
     try:
-        checkpoint = read_checkpoint(path)
-        if zipfile.is_zipfile(path) and not is_whole(path):
-            raise ValueError(f"{str(path)!r} is damaged: a checksum in it is wrong; give another checkpoint")
-        return checkpoint
+        return read_checkpoint(path)
     except ValueError as error:
         previous = path.with_name(PREVIOUS)
         if path.name != LAST or not is_whole(previous):

@@ -22,7 +22,7 @@ from torch.nn import Module
 
 from lightning_l2l import data, rules, tasks  # noqa: F401  # so that YAML can name their classes without a path
 from lightning_l2l.callbacks import LearningCurves
-from lightning_l2l.checkpoints import LAST, PREVIOUS, AtomicCheckpointIO, read_whole_checkpoint
+from lightning_l2l.checkpoints import LAST, PREVIOUS, AtomicCheckpointIO, read_to_resume
 from lightning_l2l.errors import PROG, OneLineParser, find_foreseen, in_one_line
 from lightning_l2l.interrupt import ResumeCheckpoint, terminable
 from lightning_l2l.meta_optimizer import MetaOptimizer
@@ -135,7 +135,7 @@ class CLI(LightningCLI):
         if config["ckpt_path"] == NEWEST:
             config["ckpt_path"] = str(_newest_last(Path(config["trainer"]["default_root_dir"] or ".")))
         path = Path(config["ckpt_path"])
-        checkpoint = read_whole_checkpoint(path)  # refuses what it cannot read, in one line
+        checkpoint = read_to_resume(path)  # refuses what it cannot read, in one line
         rule = load_rule(path)  # and rules that do not fit their description
         if command == "fit":
             _check_resumable(path, checkpoint)

@@ -134,7 +134,7 @@ class Unroll:
         losses = []
         unroller.begin(episode.state)
         for t in range(num_steps):
-            update = unroller.step(gradients[t].view(-1))
+            update = unroller.step(gradients[t].view(-1), episode.state)
             episode.theta.add_(update.view(shape))
             episode.step += 1
             self._evaluate(episode, gradients[t + 1])

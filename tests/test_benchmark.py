@@ -158,7 +158,7 @@ def test_meta_epoch(benchmark, problem, capsys):
 
 
 RUNS = {
-    "M": ["--config=configs/mnist.yaml", "--data.episodes_per_epoch=100", "--trainer.max_epochs=2"],
+    "M": ["--config=configs/mnist.yaml", "--trainer.max_epochs=1"],
     "Q": ["--trainer.max_epochs=10"],
 }
 

@@ -111,14 +111,15 @@ class RuleUnroll(ABC):
 
     @abstractmethod
     def begin(self, state: Tensor) -> None:
-        """Start from `state` `[state_size, num_coordinates]`, with the meta-parameters as they are now.
-
-        The tensor is the unroll's to write to: after the last step it holds the state after it.
-        """
+        """Start from `state` `[state_size, num_coordinates]`, with the meta-parameters as they are now."""
 
     @abstractmethod
-    def step(self, gradient: Tensor) -> Tensor:
-        """One inner step: gradient `[num_coordinates]` -> update `[num_coordinates]`."""
+    def step(self, gradient: Tensor, state: Tensor) -> Tensor:
+        """One inner step: gradient `[num_coordinates]` -> update `[num_coordinates]`.
+
+        `state` is the same tensor at every step, at first as it was given to `begin`; it is the unroll's to write to,
+        and after the last step it holds the state after it.
+        """
 
     @abstractmethod
     def gradients(self, gradients: Tensor, weights: Sequence[float]) -> list[Tensor]:
@@ -152,16 +153,17 @@ class AutogradUnroll(RuleUnroll):
     """
 
     def __init__(self, rule: UpdateRule, num_coordinates: int, *, block: int | None = None) -> None:
-        self.rule = rule
-        self.blocks = list(blocks(num_coordinates, block or block_size(next(rule.parameters()))))
+        self.rule, like = rule, next(rule.parameters())
+        self.blocks = list(blocks(num_coordinates, block or block_size(like)))
+        self.first = rule.init_state(num_coordinates, device=like.device, dtype=like.dtype)
 
     def begin(self, state: Tensor) -> None:
         """See `RuleUnroll.begin`."""
-        self.first, self.state = state.clone(), state
+        self.first.copy_(state)
 
-    def step(self, gradient: Tensor) -> Tensor:
+    def step(self, gradient: Tensor, state: Tensor) -> Tensor:
         """See `RuleUnroll.step`."""
-        return self.rule.step_(gradient, self.state)
+        return self.rule.step_(gradient, state)
 
     def gradients(self, gradients: Tensor, weights: Sequence[float]) -> list[Tensor]:
         """See `RuleUnroll.gradients`."""

@@ -164,7 +164,7 @@ class CoordinatewiseLSTM(UpdateRule):
         """
         library = fused_for(self.readout.weight)
         if library:
-            return _FusedUnroll(self, library, num_steps)
+            return _FusedUnroll(self, library, num_coordinates, num_steps)
         if memory == "auto":
             kept = num_coordinates * self.shape.floats_kept(num_steps) * self.readout.weight.element_size()
             memory = "fast" if kept <= budget else "flat"
@@ -174,17 +174,18 @@ class CoordinatewiseLSTM(UpdateRule):
 class _FusedUnroll(RuleUnroll):
     """The compiled kernel: nothing is kept of an inner step; the backward pass has the buffers of one tile a thread."""
 
-    def __init__(self, rule: CoordinatewiseLSTM, library: Any, num_steps: int) -> None:
+    def __init__(self, rule: CoordinatewiseLSTM, library: Any, num_coordinates: int, num_steps: int) -> None:
         self.rule, self.library, self.num_steps = rule, library, num_steps
+        self.first = rule.init_state(num_coordinates)
 
     def begin(self, state: Tensor) -> None:
         self.fused = self.rule.fused(self.library, back=True)
-        self.first, self.state = state.clone(), state
+        self.first.copy_(state)
         self.count = 0
 
-    def step(self, gradient: Tensor) -> Tensor:
+    def step(self, gradient: Tensor, state: Tensor) -> Tensor:
         self.count += 1
-        return self.fused.step_(gradient, self.state)
+        return self.fused.step_(gradient, state)
 
     def gradients(self, gradients: Tensor, weights: Sequence[float]) -> list[Tensor]:
         _check_count(self.count, self.num_steps)
@@ -212,7 +213,9 @@ class _LSTMUnroll(RuleUnroll):
         self.updates = [self.update[:, part] for part in self.parts]
         self.scratch: dict[int, Scratch] = {}
         self.shared: dict[int, Block] = {}
-        if not flat:
+        if flat:
+            self.first = rule.init_state(num_coordinates, device=like.device, dtype=like.dtype)
+        else:
             self.kept = [self._block(part.stop - part.start) for part in self.parts]
 
     def _block(self, size: int) -> Block:
@@ -229,26 +232,26 @@ class _LSTMUnroll(RuleUnroll):
     def begin(self, state: Tensor) -> None:
         rule = self.rule
         self.weights = pack(self.shape, rule.layers(), (rule.readout.weight, rule.readout.bias), rule.output_scale)
-        self.count, self.state = 0, state
+        self.count = 0
         if self.flat:
-            self.first = state.clone()
+            self.first.copy_(state)
             return
         for part, block in zip(self.parts, self.kept, strict=True):
             block.load(state[:, part])
 
     @torch.no_grad()
-    def step(self, gradient: Tensor) -> Tensor:
+    def step(self, gradient: Tensor, state: Tensor) -> Tensor:
         x = self.rule.preprocess(gradient)
         if self.flat:
             for part, update in zip(self.parts, self.updates, strict=True):
-                update[0] = step_in_place(self.shape, self.weights, x[:, part], self.state[:, part])
+                update[0] = step_in_place(self.shape, self.weights, x[:, part], state[:, part])
         else:
             for part, update, block in zip(self.parts, self.updates, self.kept, strict=True):
                 block.forward(self.count, x[:, part], self.weights, update)
         self.count += 1
         if not self.flat and self.count == self.num_steps:
             for part, block in zip(self.parts, self.kept, strict=True):
-                block.store(self.count, self.state[:, part])
+                block.store(self.count, state[:, part])
         return self.update[0]
 
     @torch.no_grad()

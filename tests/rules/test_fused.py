@@ -16,8 +16,9 @@ compiler = pytest.mark.skipif(shutil.which(os.environ.get("CC", "cc")) is None, 
 def run(rule, gradients, memory, weights=None):
     *fed, _ = gradients
     unroller = rule.unroller(gradients.shape[1], len(fed), memory=memory, block=900)
-    unroller.begin(rule.init_state(gradients.shape[1]))
-    updates = torch.stack([unroller.step(g).clone() for g in fed])
+    state = rule.init_state(gradients.shape[1])
+    unroller.begin(state)
+    updates = torch.stack([unroller.step(g, state).clone() for g in fed])
     return [updates, *unroller.gradients(gradients, weights or [1.0] * len(fed))]
 
 
@@ -79,11 +80,12 @@ def test_compiled_goes_by_the_weights_of_the_beginning():
     rule, gradients = CoordinatewiseLSTM(), torch.randn(4, 40)
     wanted = run(rule, gradients, "flat")
     unroller = rule.unroller(40, 3)
-    unroller.begin(rule.init_state(40))
+    state = rule.init_state(40)
+    unroller.begin(state)
     with torch.no_grad():
         for parameter in rule.parameters():
             parameter.zero_()
-    assert torch.equal(torch.stack([unroller.step(g).clone() for g in gradients[:-1]]), wanted[0])
+    assert torch.equal(torch.stack([unroller.step(g, state).clone() for g in gradients[:-1]]), wanted[0])
     for a, b in zip(unroller.gradients(gradients, [1.0] * 3), wanted[1:], strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
 
@@ -100,7 +102,8 @@ def test_without_it_all_goes_on(environment, tmp_path):
     code = (
         "import torch; from lightning_l2l.rules import CoordinatewiseLSTM, fused; "
         "assert fused.fused_for(torch.empty(0)) is None; "
-        "u = CoordinatewiseLSTM().unroller(5, 1); u.begin(torch.zeros(80, 5)); print(u.step(torch.ones(5)).shape)"
+        "u, s = CoordinatewiseLSTM().unroller(5, 1), torch.zeros(80, 5); u.begin(s); "
+        "print(u.step(torch.ones(5), s).shape)"
     )
     found = subprocess.run(
         [sys.executable, "-c", code],

@@ -44,7 +44,7 @@ def by_autograd(rule, gradients, weights, state):
 def unrolled(unroller, gradients, weights, state):
     after = state.clone()
     unroller.begin(after)
-    updates = torch.stack([unroller.step(g).clone() for g in gradients[:-1]])
+    updates = torch.stack([unroller.step(g, after).clone() for g in gradients[:-1]])
     return updates, after, unroller.gradients(gradients, weights)
 
 
