@@ -166,7 +166,7 @@ def draw(rows, path):
         memory.plot(sizes, [n * kept.floats_kept(steps) * 4e-9 for n in sizes], color=COLOURS[k], linestyle=":")
         time.plot(sizes, [row["ns"] for row in of_these], label=f"{steps} steps", **look)
     memory.plot([], [], color="0.4", linestyle=":", label="if activations were kept")
-    memory.set(xscale="log", yscale="log", xlabel="coordinates", ylabel="GB", ylim=(2e-3, None))
+    memory.set(xscale="log", yscale="log", xlabel="coordinates", ylabel="GB", ylim=(3e-4, None))
     memory.set_title("peak memory above the start")
     time.set(xscale="log", xlabel="coordinates", ylabel="ns", title="time a coordinate and step", ylim=(0, None))
     for axes in (memory, time):
