@@ -5,11 +5,12 @@ from lightning_l2l.data import MNISTDataModule, QuadraticDataModule
 from lightning_l2l.meta_optimizer import MetaOptimizer
 from lightning_l2l.optim import LearnedOptimizer
 from lightning_l2l.rule_files import load_rule
-from lightning_l2l.rules import CoordinatewiseLSTM, UpdateRule
-from lightning_l2l.tasks import MLP, NetworkTask, Quadratic, Task
+from lightning_l2l.rules import CoordinatewiseLSTM, RNNprop, UpdateRule
+from lightning_l2l.tasks import MLP, ConvexTerm, NetworkTask, Quadratic, RandomScaling, Task
 
 __all__ = [
     "MLP",
+    "ConvexTerm",
     "CoordinatewiseLSTM",
     "LearnedOptimizer",
     "MNISTDataModule",
@@ -17,6 +18,8 @@ __all__ = [
     "NetworkTask",
     "Quadratic",
     "QuadraticDataModule",
+    "RNNprop",
+    "RandomScaling",
     "Task",
     "UpdateRule",
     "load_rule",

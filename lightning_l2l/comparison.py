@@ -137,6 +137,7 @@ def rollout(make_optimizer: MakeOptimizer, task: Task, batch: Batch, num_steps: 
             "use Trainer(inference_mode=False), or leave torch.inference_mode()"
         )
     (seeds,) = get_entries(batch, "seed")
+    task = task.of_episode(batch)
     params, buffers = init_from_seeds(task, seeds, device=device)
     leaves = {name: p.requires_grad_() for name, p in params.items()}
     optimizer = make_optimizer(list(leaves.values()))

@@ -80,6 +80,8 @@ class MetaOptimizer(LightningModule):
         second_derivatives: See `Unroll`.
         memory: See `Unroll`.
         memory_budget: See `Unroll`; bytes.
+        train_task: What is optimised in meta-training, where that differs from what the rule is evaluated on, such as
+            `RandomScaling(task)`; it takes the same data.
 
     Raises:
         ValueError: A size below 1, `unroll_length` does not divide `num_steps`, `final_steps` exceeds it, or another
@@ -103,9 +105,11 @@ class MetaOptimizer(LightningModule):
         second_derivatives: bool = False,
         memory: Memory = "auto",
         memory_budget: int = 2**30,
+        train_task: Task | None = None,
     ) -> None:
         super().__init__()
         check_type(Task, "a Task, such as Quadratic()", task=task)
+        check_type((Task, type(None)), "a Task, such as RandomScaling(task), or None", train_task=train_task)
         check_type(UpdateRule, "an UpdateRule, such as CoordinatewiseLSTM()", rule=rule)
         check_at_least(1, MOST, num_steps=num_steps, unroll_length=unroll_length, final_steps=final_steps)
         check_at_least(1, max_skipped=max_skipped)
@@ -135,13 +139,14 @@ class MetaOptimizer(LightningModule):
         self.weights = LOSS_WEIGHTS[loss_weights](num_steps)
         self.optimizer, self.lr_scheduler, self.anneal = optimizer, lr_scheduler, anneal
         self.gradient_clip, self.max_skipped = gradient_clip, max_skipped
-        self.unroll = Unroll(task, rule, second_derivatives, memory, memory_budget)
+        self.train_task = train_task
+        self.unroll = Unroll(train_task or task, rule, second_derivatives, memory, memory_budget)
         self.skipped = self.skipped_in_a_row = 0
         # "disable": a loss that is no number must show, not drop out of the mean.
         names = ("final_loss", "trajectory_loss", "meta_loss", "unseen_loss", "unseen_accuracy")
         self.val_metrics = nn.ModuleDict({name: MeanMetric(nan_strategy="disable") for name in names})
         try:
-            described = {"task": describe(task)}
+            described = {"task": describe(task), "train_task": train_task and describe(train_task)}
         except ValueError:  # somebody's own network; who loads the checkpoint has to bring it along
             described = {}
         self.save_hyperparameters(

@@ -33,6 +33,7 @@ class Episode:
     """Where an episode stands: B optimizees side by side, and the rule's state for all of their coordinates.
 
     Attributes:
+        task: What is optimised, as it is for this episode.
         batch: The data of the episode, `[num_tasks, ...]` each.
         theta: All parameters of all optimizees, `[num_tasks, coordinates of one]`.
         params: Views of `theta` by name, `[num_tasks, ...]`, leaves of autograd.
@@ -43,6 +44,7 @@ class Episode:
         step: Inner steps made so far.
     """
 
+    task: Task
     batch: Mapping[str, Tensor]
     theta: Tensor
     params: dict[str, Tensor]
@@ -99,7 +101,8 @@ class Unroll:
         """
         (seeds,) = get_entries(batch, "seed")
         like = next(self.rule.parameters())
-        start, buffers = init_from_seeds(self.task, seeds, device=like.device)
+        task = self.task.of_episode(batch)
+        start, buffers = init_from_seeds(task, seeds, device=like.device)
         theta = torch.cat([p.flatten(1) for p in start.values()], 1)
         params = {}
         first = 0
@@ -109,7 +112,7 @@ class Unroll:
             first += size
         state = self.rule.init_state(theta.numel(), device=like.device, dtype=like.dtype)
         episode = Episode(
-            batch, theta, params, {**params, **buffers}, state, torch.empty_like(theta), theta.new_empty(0)
+            task, batch, theta, params, {**params, **buffers}, state, torch.empty_like(theta), theta.new_empty(0)
         )
         self._evaluate(episode, episode.gradient)
         check_losses(episode.losses, len(seeds), at_start=True)
@@ -164,7 +167,7 @@ class Unroll:
     def _evaluate(self, episode: Episode, gradient: Tensor) -> None:
         """Loss of each task and its gradient at theta, on the minibatch that belongs to it."""
         with torch.enable_grad():
-            losses = self.task.loss(episode.variables, episode.batch, episode.step)
+            losses = episode.task.loss(episode.variables, episode.batch, episode.step)
             if episode.step == 0:
                 check_losses(losses, len(episode.theta), at_start=False)
             found = torch.autograd.grad(losses.sum(), list(episode.params.values()), materialize_grads=True)
@@ -182,7 +185,7 @@ class Unroll:
                 params = {
                     name: part.view(p.shape) for (name, p), part in zip(episode.params.items(), parts, strict=True)
                 }
-                per_task = self.task.loss({**params, **buffers}, episode.batch, episode.step)
+                per_task = episode.task.loss({**params, **buffers}, episode.batch, episode.step)
                 (gradient,) = torch.autograd.grad(per_task.sum(), theta, create_graph=t < num_steps, retain_graph=True)
                 if t:
                     losses.append(per_task)

@@ -5,7 +5,7 @@ import pytest
 import torch
 from lightning.pytorch import Callback, Trainer
 
-from lightning_l2l import CoordinatewiseLSTM, MetaOptimizer, Quadratic, QuadraticDataModule
+from lightning_l2l import CoordinatewiseLSTM, MetaOptimizer, Quadratic, QuadraticDataModule, RandomScaling
 from lightning_l2l.comparison import Rollout
 from lightning_l2l.meta_optimizer import LOSS_WEIGHTS
 from lightning_l2l.unroll import Unroll
@@ -41,15 +41,16 @@ def trainer(tmp_path):
     return build
 
 
-def test_a_training_step_is_an_episode_with_an_outer_step_a_truncation(trainer):
-    module, fit = make(lr=0.01), trainer(max_epochs=1, limit_val_batches=0)
+@pytest.mark.parametrize("train_task", [None, RandomScaling(Quadratic(3))], ids=["same", "another"])
+def test_a_training_step_is_an_episode_with_an_outer_step_a_truncation(trainer, train_task):
+    module, fit = make(lr=0.01, train_task=train_task), trainer(max_epochs=1, limit_val_batches=0)
     by_hand = copy.deepcopy(module.rule)
     fit.fit(module, data())
     assert fit.global_step == 3 * 2
 
     datamodule = data()
     datamodule.setup()
-    adam, unroll = torch.optim.Adam(by_hand.parameters(), lr=0.01), Unroll(Quadratic(3), by_hand)
+    adam, unroll = torch.optim.Adam(by_hand.parameters(), lr=0.01), Unroll(train_task or Quadratic(3), by_hand)
     for batch in datamodule.train_dataloader():
         episode, total = unroll.start(batch), 0.0
         for _ in range(2):
@@ -63,9 +64,11 @@ def test_a_training_step_is_an_episode_with_an_outer_step_a_truncation(trainer):
     assert fit.callback_metrics["train/meta_loss"].item() == pytest.approx(total)
 
 
-def test_validation_figures_are_means_over_all_tasks(trainer):
-    module, datamodule = make(), data(eval_tasks=4)  # 6 tasks: a batch of 4 and one of 2
+def test_validation_figures_are_means_over_all_tasks_and_of_the_task_itself(trainer):
+    datamodule = data(eval_tasks=4)  # 6 tasks: a batch of 4 and one of 2
+    module = make(train_task=RandomScaling(Quadratic(3)))
     (found,) = trainer().validate(module, datamodule, verbose=False)
+    module = make()
     losses = torch.cat([module.evaluate(batch).losses for batch in datamodule.val_dataloader()], 1)
     assert losses.shape == (7, 6)
     assert found["val/final_loss"] == pytest.approx(losses[6].mean().item())
@@ -253,13 +256,14 @@ def test_inference_mode_is_explained(trainer):
 
 
 def test_checkpoint_is_plain_and_loads_by_itself(trainer, tmp_path):
-    module, fit = make(lr=0.02), trainer()
+    module, fit = make(lr=0.02, train_task=RandomScaling(Quadratic(3), bound=2.0)), trainer()
     fit.fit(module, data())
     fit.save_checkpoint(tmp_path / "x.ckpt")
     content = torch.load(tmp_path / "x.ckpt", weights_only=True)
     assert content["hyper_parameters"]["rule"]["init_args"]["hidden_size"] == 4
     loaded = MetaOptimizer.load_from_checkpoint(tmp_path / "x.ckpt", weights_only=True)
     assert isinstance(loaded.task, Quadratic) and loaded.task.dim == 3
+    assert isinstance(loaded.train_task, RandomScaling) and loaded.train_task.bound == 2.0
     assert (loaded.num_steps, loaded.unroll_length, loaded.lr) == (6, 3, 0.02)
     for a, b in zip(module.rule.parameters(), loaded.rule.parameters(), strict=True):
         assert torch.equal(a, b)

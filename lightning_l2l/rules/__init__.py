@@ -2,5 +2,6 @@
 
 from lightning_l2l.rules.base import RuleUnroll, UpdateRule
 from lightning_l2l.rules.lstm import CoordinatewiseLSTM
+from lightning_l2l.rules.rnnprop import RNNprop
 
-__all__ = ["CoordinatewiseLSTM", "RuleUnroll", "UpdateRule"]
+__all__ = ["CoordinatewiseLSTM", "RNNprop", "RuleUnroll", "UpdateRule"]

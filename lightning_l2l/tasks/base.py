@@ -1,5 +1,7 @@
 """The interface of a task, reproducible starting points, and the check of a task's losses."""
 
+from __future__ import annotations
+
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 
@@ -41,6 +43,17 @@ class Task(ABC):
             Tensors ``[num_tasks, ...]`` on the CPU, by buffer name; none by default.
         """
         return {}
+
+    def of_episode(self, batch: Mapping[str, Tensor]) -> Task:
+        """The task as it is for the length of an episode: what it draws for that is drawn once.
+
+        Args:
+            batch: The episode's data, tensors ``[num_tasks, ...]``, and ``seed`` ``[num_tasks]``.
+
+        Returns:
+            A task; by default this one, which draws nothing.
+        """
+        return self
 
     @abstractmethod
     def loss(self, params: Mapping[str, Tensor], batch: Mapping[str, Tensor], step: int) -> Tensor:

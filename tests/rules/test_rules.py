@@ -9,7 +9,7 @@ from torch import nn
 
 from lightning_l2l.rules import CoordinatewiseLSTM
 from lightning_l2l.rules.base import AutogradUnroll, blocks
-from optimizers import LSTMS, LearnedMomentum
+from optimizers import LSTMS, LearnedMomentum, possible
 
 RULES = {**LSTMS, "own": LearnedMomentum}
 N, T = 37, 6
@@ -27,7 +27,7 @@ def fed(rule):
     sizes = torch.logspace(-6, 0, T + 1, dtype=torch.float64)[:, None]
     gradients = torch.randn(T + 1, N, dtype=torch.float64, generator=g) * sizes
     weights = [0.5, -1.0, 0.0, 2.0, 30.0, 0.25]
-    state = torch.randn(rule.state_size, N, dtype=torch.float64, generator=g)
+    state = possible(rule, torch.randn(rule.state_size, N, dtype=torch.float64, generator=g))
     return gradients, weights, state
 
 
