@@ -5,7 +5,7 @@ from lightning_l2l.data import MNISTDataModule, QuadraticDataModule
 from lightning_l2l.meta_optimizer import MetaOptimizer
 from lightning_l2l.optim import LearnedOptimizer
 from lightning_l2l.rule_files import load_rule
-from lightning_l2l.rules import CoordinatewiseLSTM, RNNprop, UpdateRule
+from lightning_l2l.rules import CoordinatewiseLSTM, RNNprop, RuleGroups, UpdateRule
 from lightning_l2l.tasks import MLP, ConvexTerm, NetworkTask, Quadratic, RandomScaling, Task
 
 __all__ = [
@@ -20,6 +20,7 @@ __all__ = [
     "QuadraticDataModule",
     "RNNprop",
     "RandomScaling",
+    "RuleGroups",
     "Task",
     "UpdateRule",
     "load_rule",

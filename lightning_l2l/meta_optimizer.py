@@ -244,7 +244,7 @@ class MetaOptimizer(LightningModule):
     def evaluate(self, batch: Batch) -> Rollout:
         """An episode of the batch's tasks under the rule."""
 
-        def learned(params: list[Tensor]) -> Optimizer:
+        def learned(params: list[tuple[str, Tensor]]) -> Optimizer:
             # Tasks lie side by side in one tensor: one that fails must not hold up the others.
             return LearnedOptimizer(params, self.rule, skip_nonfinite=False)
 

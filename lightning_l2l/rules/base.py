@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
-from typing import Literal
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -58,6 +58,17 @@ class UpdateRule(nn.Module, ABC):
         Returns:
             The update `[num_coordinates]`, to be added to the optimizee's parameters, and the next state.
         """
+
+    def by_name(self, names: Iterable[str | None]) -> list[tuple[UpdateRule, list[Any]]]:
+        """Which rule updates which parameters: here this one all of them; `RuleGroups` has several.
+
+        Args:
+            names: Of the parameters; None of those that have none.
+
+        Returns:
+            Rules, each with its names in the order given.
+        """
+        return [(self, list(names))]
 
     @torch.no_grad()
     def step_(self, gradient: Tensor, state: Tensor) -> Tensor:
