@@ -6,10 +6,11 @@ from lightning_l2l.meta_optimizer import MetaOptimizer
 from lightning_l2l.optim import LearnedOptimizer
 from lightning_l2l.rule_files import load_rule
 from lightning_l2l.rules import CoordinatewiseLSTM, RNNprop, RuleGroups, UpdateRule
-from lightning_l2l.tasks import MLP, ConvexTerm, NetworkTask, Quadratic, RandomScaling, Task
+from lightning_l2l.tasks import MLP, ConvexTerm, ConvNet, NetworkTask, Quadratic, RandomScaling, Task
 
 __all__ = [
     "MLP",
+    "ConvNet",
     "ConvexTerm",
     "CoordinatewiseLSTM",
     "LearnedOptimizer",
