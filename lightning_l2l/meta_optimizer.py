@@ -55,7 +55,8 @@ class MetaOptimizer(LightningModule):
 
     * `train/meta_loss`: sum over the episode's `num_steps` terms w_t f_t(theta_t), t = 1 .. num_steps, mean over
       the tasks of all ranks; `train/meta_gradient_norm`: the largest of the episode, before clipping;
-      `train/skipped`: outer steps skipped so far because the meta-gradient was not finite.
+      `train/skipped`: outer steps skipped so far because the meta-gradient was not finite; `train/num_steps`: inner
+      steps of the episode.
     * `val/final_loss`: f_t(theta_t), mean over the last `final_steps` inner steps and the validation tasks;
       `val/trajectory_loss`: mean over all inner steps t = 1 .. num_steps; `val/meta_loss`: as in training. A
       diverged task makes them infinite. `val/unseen_loss`, `val/unseen_accuracy`: of the final optimizees on
@@ -136,6 +137,7 @@ class MetaOptimizer(LightningModule):
         self.task, self.rule = task, rule
         self.num_steps, self.unroll_length, self.lr = num_steps, unroll_length, lr
         self.loss_weights, self.final_steps = loss_weights, final_steps
+        self.train_steps = num_steps  # of episodes in meta-training; a Curriculum may set it lower
         self.weights = LOSS_WEIGHTS[loss_weights](num_steps)
         self.optimizer, self.lr_scheduler, self.anneal = optimizer, lr_scheduler, anneal
         self.gradient_clip, self.max_skipped = gradient_clip, max_skipped
@@ -195,8 +197,9 @@ class MetaOptimizer(LightningModule):
         optimizer = self.optimizers()
         episode = self.unroll.start(batch)
         total, largest = torch.zeros((), device=self.device), torch.zeros((), device=self.device)
-        for first in range(0, self.num_steps, self.unroll_length):
-            weights = self.weights[first : first + self.unroll_length]
+        weights_of_all = LOSS_WEIGHTS[self.loss_weights](self.train_steps)
+        for first in range(0, self.train_steps, self.unroll_length):
+            weights = weights_of_all[first : first + self.unroll_length]
             optimizer.zero_grad()  # type: ignore[union-attr]
             truncation = self.unroll.run(episode, self.unroll_length, weights)
             if not any(weights):
@@ -211,6 +214,7 @@ class MetaOptimizer(LightningModule):
             "train/meta_loss": total,
             "train/meta_gradient_norm": largest,
             "train/skipped": self.skipped,
+            "train/num_steps": float(self.train_steps),
         }
         self.log_dict({**values, "step": float(self.global_step)}, batch_size=1)
         self.log("meta_loss", total, prog_bar=True, logger=False, batch_size=1)
