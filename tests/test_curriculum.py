@@ -1,5 +1,7 @@
 """Episodes that grow longer in meta-training."""
 
+import sys
+
 import pytest
 import torch
 from lightning.pytorch import Callback, Trainer
@@ -76,6 +78,7 @@ def test_a_resumed_run_goes_on_with_the_stage_it_had(tmp_path):
 
 def test_it_is_configured_from_the_command_line(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["lightning-l2l"])
     sizes = ["--data.num_tasks=2", "--data.episodes_per_epoch=2", "--data.num_val_tasks=2", "--data.eval_tasks=2"]
     run = ["--trainer.max_epochs=2", "--trainer.accelerator=cpu", "--curves.baselines=[]", "--model.num_steps=20"]
     stages = ["--trainer.callbacks=lightning_l2l.curriculum.Curriculum", "--trainer.callbacks.num_steps=[5, 20]"]
