@@ -80,7 +80,13 @@ def test_it_is_configured_from_the_command_line(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["lightning-l2l"])
     sizes = ["--data.num_tasks=2", "--data.episodes_per_epoch=2", "--data.num_val_tasks=2", "--data.eval_tasks=2"]
-    run = ["--trainer.max_epochs=2", "--trainer.accelerator=cpu", "--curves.baselines=[]", "--model.num_steps=20"]
+    run = [
+        "--trainer.max_epochs=2",
+        "--trainer.log_every_n_steps=1",
+        "--trainer.accelerator=cpu",
+        "--curves.baselines=[]",
+        "--model.num_steps=20",
+    ]
     stages = ["--trainer.callbacks=lightning_l2l.curriculum.Curriculum", "--trainer.callbacks.num_steps=[5, 20]"]
     main(["fit", *sizes, *run, *stages])
     steps = torch.load("lightning_logs/version_0/checkpoints/last.ckpt", weights_only=True)["global_step"]
