@@ -110,7 +110,8 @@ def read_images(folder: Path) -> tuple[Bytes, Bytes]:
                     if as_wanted:
                         images[number] = np.asarray(image).transpose(2, 0, 1)
             except Exception as error:  # the readers of damaged files raise nearly anything
-                told = "no format fits it" if str(path) in str(error) else _told(error)
+                told = getattr(error, "strerror", None) or _told(error)
+                told = "no format fits it" if str(path) in told else told
                 raise ValueError(f"{path} cannot be read as an image ({told}); delete or replace it") from None
             if not as_wanted:
                 raise ValueError(
@@ -238,11 +239,9 @@ class _Inflated(gzip.GzipFile):
     _size = 0
 
     def read(self, size: int | None = -1) -> bytes:
-        """Reads on; the end is an error, because a reader of tar files stops before it, or never."""
+        """Reads on, up to the limit."""
         piece = super().read(size)
         self._size += len(piece)
-        if not piece:
-            raise EOFError("it ends too early")
         if self._size > _MOST_UNPACKED:
             raise ValueError(f"the unpacked content has more than {_MOST_UNPACKED} bytes")
         return piece

@@ -129,12 +129,14 @@ def test_images_keep_their_labels(root, stage):
 
 
 @pytest.mark.parametrize("stage", ["train", "val", "test"])
-def test_targets_are_numbered_in_the_order_given(root, stage):
-    classes = [7, "cat", 5, 0]
+@pytest.mark.parametrize(
+    ("classes", "wanted"), [([7, "cat", 5, 0], [7, 3, 5, 0]), (list(reversed(CLASSES)), list(range(9, -1, -1)))]
+)
+def test_targets_are_numbered_in_the_order_given(root, stage, classes, wanted):
     batch = first(ready(root, classes=classes, num_steps=30), stage)
-    wanted = torch.tensor([7, 3, 5, 0])
+    wanted = torch.tensor(wanted)
     assert torch.equal(wanted[batch["targets"][:].long()], marks(batch["inputs"]) % 10)
-    assert len(batch["targets"][:].unique()) == 4
+    assert len(batch["targets"][:].unique()) == len(classes)
     if stage != "train":
         assert torch.equal(wanted[batch["unseen_targets"].long()], marks(batch["unseen_inputs"]) % 10)
 
