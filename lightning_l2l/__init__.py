@@ -1,7 +1,7 @@
 """Learning to learn by gradient descent by gradient descent, on PyTorch Lightning."""
 
 from lightning_l2l.cli import main
-from lightning_l2l.data import MNISTDataModule, QuadraticDataModule
+from lightning_l2l.data import CIFAR10DataModule, MNISTDataModule, QuadraticDataModule
 from lightning_l2l.meta_optimizer import MetaOptimizer
 from lightning_l2l.optim import LearnedOptimizer
 from lightning_l2l.rule_files import load_rule
@@ -10,6 +10,7 @@ from lightning_l2l.tasks import MLP, ConvexTerm, ConvNet, NetworkTask, Quadratic
 
 __all__ = [
     "MLP",
+    "CIFAR10DataModule",
     "ConvNet",
     "ConvexTerm",
     "CoordinatewiseLSTM",

@@ -14,6 +14,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -237,7 +238,7 @@ def _draw_page(page: Page, rows: Sequence[Row], axes: Axes) -> None:
         for x, cell in enumerate(line):
             bold = cell.get("verdict") in (WINS, LOSES)
             dark = abs(strength[y][x]) > 0.6
-            style = {"color": "white" if dark else "black", "fontweight": "bold" if bold else "normal"}
+            style: dict[str, Any] = {"color": "white" if dark else "black", "fontweight": "bold" if bold else "normal"}
             axes.text(x, y, _shown(cell), ha="center", va="center", fontsize="small", **style)
             if cell.get("verdict") == DIVERGES:
                 axes.plot([x - 0.5, x + 0.5], [y - 0.5, y + 0.5], color="black", linewidth=1)

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from hostile import VALUES, result_of
 from lightning_l2l import (
     MLP,
+    CIFAR10DataModule,
     CoordinatewiseLSTM,
     LearnedOptimizer,
     MetaOptimizer,
@@ -76,6 +77,11 @@ def use_optimizer(optimizer):
     assert parameter.shape == (2,)
 
 
+def use_cifar10(data):
+    assert 2 <= len(data.classes) <= len(data.train_classes) <= 10
+    assert set(data.classes) | set(data.train_classes) <= set(range(10))
+
+
 def leave(thing):
     assert thing is not None
 
@@ -100,6 +106,7 @@ def make_baseline(**options):
 
 
 SIZES = "episodes_per_epoch num_val_tasks num_test_tasks eval_tasks num_workers num_steps num_tasks seed".split()
+IMAGES = "root batch_size download num_unseen".split()
 CONSTRUCTORS = {
     RNNprop: ("hidden_size num_layers beta1 beta2 eps output_scale".split(), use_rule),
     CoordinatewiseLSTM: ("hidden_size num_layers preprocessing p output_scale forget_bias".split(), use_rule),
@@ -110,7 +117,8 @@ CONSTRUCTORS = {
     ),
     Quadratic: (["dim"], use_task),
     QuadraticDataModule: (["dim", *SIZES], use_data),
-    MNISTDataModule: (["root", "batch_size", "download", "num_unseen", *SIZES], leave),
+    MNISTDataModule: ([*IMAGES, *SIZES], leave),
+    CIFAR10DataModule: (["classes", "train_classes", *IMAGES, *SIZES], use_cifar10),
     MLP: ("in_features hidden_size num_layers out_features activation".split(), use_mlp),
     make_network_task: ("module loss_fn init_scale stochastic".split(), use_network_task),
     make_baseline: ("name optimizer options".split(), leave),
@@ -140,6 +148,10 @@ def options_of(constructor):
 @example((QuadraticDataModule, {"dim": 10**5, "num_tasks": 10**6}))
 @example((QuadraticDataModule, {"num_workers": 10**6}))
 @example((QuadraticDataModule, {"num_tasks": None}))
+@example((CIFAR10DataModule, {"classes": [5, "cat"]}))
+@example((CIFAR10DataModule, {"classes": ["x" * 500]}))
+@example((CIFAR10DataModule, {"classes": [True, False]}))
+@example((CIFAR10DataModule, {"train_classes": {"a": 1}}))
 @example((MLP, {"hidden_size": 10**6, "num_layers": 40}))
 @example((MLP, {"out_features": 10**9}))
 @example((make_network_task, {"module": lambda: 3}))

@@ -1,9 +1,20 @@
 """The data of the tasks: one batch holds everything that one episode of `num_tasks` tasks needs."""
 
+from lightning_l2l.data.cifar10 import CIFAR10DataModule
 from lightning_l2l.data.digits import write_digits
 from lightning_l2l.data.episodes import EpisodeDataModule
+from lightning_l2l.data.images import ImageDataModule
 from lightning_l2l.data.minibatches import Minibatches, Pool
 from lightning_l2l.data.mnist import MNISTDataModule
 from lightning_l2l.data.quadratic import QuadraticDataModule
 
-__all__ = ["EpisodeDataModule", "MNISTDataModule", "Minibatches", "Pool", "QuadraticDataModule", "write_digits"]
+__all__ = [
+    "CIFAR10DataModule",
+    "EpisodeDataModule",
+    "ImageDataModule",
+    "MNISTDataModule",
+    "Minibatches",
+    "Pool",
+    "QuadraticDataModule",
+    "write_digits",
+]
