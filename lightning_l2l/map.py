@@ -92,12 +92,12 @@ def pages(root: Path, *, small: bool = False) -> list[Page]:
         f"--data.eval_tasks={8 * sizes[1]}",
     ]
     layer = "model.task.module"
-    activations, depths = ("sigmoid", "tanh", "relu", "elu", "gelu"), ("1", "2", "3")
-    widths, scales = ("5", "20", "80"), ("null", "0.03", "0.1", "0.3", "1.0")
-    horizons, batches, dims = ("100", "300", "1000", "3000", "10000"), ("16", "128", "512"), ("2", "10", "50")
+    activations, depths = ["sigmoid", "tanh", "relu", "elu", "gelu"], ["1", "2", "3"]
+    widths, scales = ["5", "20", "80"], ["null", "0.03", "0.1", "0.3", "1.0"]
+    horizons, batches, dims = ["100", "300", "1000", "3000", "10000"], ["16", "128", "512"], ["2", "10", "50"]
     if small:
         activations, depths, widths, scales = activations[:3], depths[:1], widths[:2], scales[:1]
-        horizons, batches, dims = ("20", "40"), ("16",), dims[:2]
+        horizons, batches, dims = ["20", "40"], ["16"], dims[:2]
     dimension = Axis("dimension", {dim: [f"--model.task.dim={dim}", f"--data.dim={dim}"] for dim in dims})
     steps = Axis.of("inner steps", "model.num_steps", *horizons)
     short = [*network, "--model.num_steps=20"] if small else network
