@@ -76,7 +76,7 @@ def test_the_convex_term_is_the_mean_square_distance_from_a_target_of_each_seed(
         (lambda: RandomScaling(torch.nn.Linear(1, 1)), "task=.*give a Task"),
         (lambda: ConvexTerm(Quadratic(), dim=0), "dim=0"),
         (lambda: ConvexTerm("quadratic"), "task='quadratic'"),
-        (lambda: ConvexTerm(ConvexTerm(Quadratic())), "a parameter 'convex' already"),
+        (lambda: ConvexTerm(ConvexTerm(Quadratic())), "has a ConvexTerm already; give it one, not two"),
     ],
 )
 def test_bad_arguments(make, message):
