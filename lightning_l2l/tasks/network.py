@@ -43,8 +43,9 @@ class NetworkTask(Task):
             `Autoencoder`.
 
     Raises:
-        ValueError: If ``init_scale`` is not positive, or if the module has nothing to train, has
-            uninitialised (lazy) parameters, or has parameters that no method of it initialises anew.
+        ValueError: If ``init_scale`` is not positive, ``reconstruct`` goes with cross entropy, or if the module has
+            nothing to train, has uninitialised (lazy) parameters, or has parameters that no method of it initialises
+            anew.
         TypeError: If an argument is of another type.
 
     Example:
@@ -70,6 +71,11 @@ class NetworkTask(Task):
         if stochastic is not None:
             check_flag(stochastic=stochastic)
         check_flag(reconstruct=reconstruct)
+        if reconstruct and loss_fn is nn.functional.cross_entropy:
+            raise ValueError(
+                "reconstruct=True has inputs in place of classes as targets, of which cross_entropy is no loss; give "
+                "loss_fn=torch.nn.functional.mse_loss"
+            )
         if init_scale is not None and not (is_number(init_scale) and init_scale > 0):
             raise ValueError(f"init_scale={brief(init_scale)} must be positive, or None for the module's own start")
         self.module = module

@@ -209,12 +209,12 @@ def test_bad_arguments(make, told):
 def recipe(root):
     quadratic = {"class_path": "Quadratic", "init_args": {"dim": 3}}
     network = {"class_path": "MLP", "init_args": {"hidden_size": 2}}
-    tasks = [quadratic, {"class_path": "Rosenbrock"}, {"class_path": "NetworkTask", "init_args": {"module": network}}]
+    tasks = [{"class_path": "NetworkTask", "init_args": {"module": network}}, quadratic, {"class_path": "Rosenbrock"}]
     mnist = {"root": str(root), "batch_size": 4, "download": False, "num_unseen": 8}
     data = [
+        {"class_path": "MNISTDataModule", "init_args": mnist},
         {"class_path": "QuadraticDataModule", "init_args": {"dim": 3}},
         {"class_path": "GeneratedDataModule"},
-        {"class_path": "MNISTDataModule", "init_args": mnist},
     ]
     task = {"class_path": "Mixture", "init_args": {"tasks": tasks}}
     sizes = {"num_tasks": 2, "episodes_per_epoch": 6, "num_val_tasks": 6, "num_test_tasks": 8}
@@ -268,7 +268,7 @@ def test_a_rule_is_meta_trained_on_a_mixture_goes_on_bit_for_bit_and_is_tested(m
     for name, weight in ends[0]["state_dict"].items():
         assert weight.isfinite().all() and torch.equal(weight, ends[1]["state_dict"][name])
     described = ends[0]["hyper_parameters"]["task"]["init_args"]["tasks"]
-    assert [one["class_path"].split(".")[-1] for one in described] == ["Quadratic", "Rosenbrock", "NetworkTask"]
+    assert [one["class_path"].split(".")[-1] for one in described] == ["NetworkTask", "Quadratic", "Rosenbrock"]
 
     main(["test", "--config", "mixture.yaml", "--ckpt_path=whole/lightning_logs/version_0/checkpoints/last.ckpt"])
     (table,) = Path().rglob("comparison.csv")

@@ -295,6 +295,8 @@ def test_data_that_cannot_be_reconstructed():
         task.loss(params, make_batch(2, (7,)), 0)
     with pytest.raises(ValueError, match="reconstruct='yes' is neither True nor False"):
         NetworkTask(Autoencoder(), reconstruct="yes")
+    with pytest.raises(ValueError, match="of which cross_entropy is no loss; give loss_fn=torch"):
+        NetworkTask(Autoencoder(), reconstruct=True)
 
 
 def test_no_unseen_data_no_figures():
