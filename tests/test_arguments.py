@@ -76,13 +76,14 @@ def use_generated_task(task):
 
 
 def use_generated_data(data):
-    if not data.num_workers and data.num_tasks <= MOST:
+    unknown = isinstance(data, GeneratedDataModule) and data.task is None
+    if not data.num_workers and data.num_tasks <= MOST and not unknown:
         data.setup()
         assert len(next(iter(data.train_dataloader()))["seed"]) == data.num_tasks
 
 
 def use_sequences(data):
-    sizes = (data.num_tasks, data.num_steps, data.batch_size, data.sequence_length)
+    sizes = (data.num_tasks, data.num_steps or 2**60, data.batch_size, data.sequence_length)
     if not data.num_workers and math.prod(sizes) <= 100 * MOST:
         batch = next(iter(data.train_dataloader()))
         assert batch["inputs"].shape == (data.num_tasks, data.num_steps + 1, *sizes[2:])
