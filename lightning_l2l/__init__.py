@@ -2,6 +2,7 @@
 
 from lightning_l2l.cli import main
 from lightning_l2l.data import (
+    CIFAR10DataModule,
     GeneratedDataModule,
     MixtureDataModule,
     MNISTDataModule,
@@ -33,6 +34,7 @@ from lightning_l2l.tasks import (
 __all__ = [
     "MLP",
     "Autoencoder",
+    "CIFAR10DataModule",
     "ConvNet",
     "ConvexTerm",
     "CoordinatewiseLSTM",

@@ -16,12 +16,13 @@ truncation. Hence one forward and one backward pass of the optimizee a step, and
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
 
 from lightning_l2l.rules.base import Memory, RuleUnroll, UpdateRule
 from lightning_l2l.tasks.base import Task, check_losses, init_from_seeds
@@ -38,6 +39,8 @@ class Part:
         theta: `[num_tasks, coordinates of one]`.
         state: The rule's state, `[state_size, num_coordinates]`.
         gradient: Gradient at `theta`, `[num_tasks, coordinates of one]`.
+        teacher: What the rule is to imitate, if anything: an optimizer of `shadow`.
+        shadow: `[num_tasks, coordinates of one]`, where the teacher's updates show.
     """
 
     rule: UpdateRule
@@ -45,6 +48,17 @@ class Part:
     theta: Tensor
     state: Tensor
     gradient: Tensor
+    teacher: Optimizer | None = None
+    shadow: Tensor = field(default_factory=lambda: torch.empty(0))
+
+    @torch.no_grad()
+    def taught(self, gradient: Tensor) -> Tensor:
+        """The teacher's update for a gradient `[num_tasks, coordinates of one]`; its state moves on."""
+        assert self.teacher is not None
+        self.shadow.zero_()
+        self.shadow.grad = gradient.clone()
+        self.teacher.step()
+        return self.shadow.detach()
 
 
 @dataclass
@@ -77,11 +91,14 @@ class Truncation:
     Attributes:
         losses: `[T, num_tasks]`, f_t(theta_t) after each of the T steps, without a graph.
         meta_loss: Scalar, the sum over the T terms, the mean over tasks. Its `backward()` adds the meta-gradient
-            to the rule's parameters.
+            to the rule's parameters; where the rule imitates a teacher, that of the imitation's loss as well.
+        imitation_loss: Scalar without a graph: T sum_s |u_s - v_s|^2 / sum_s |v_s|^2 of the updates u_s and those of
+            the teacher, v_s; T for updates of zero. 0 where there is no teacher.
     """
 
     losses: Tensor
     meta_loss: Tensor
+    imitation_loss: Tensor
 
 
 @dataclass
@@ -98,6 +115,9 @@ class Unroll:
             fast as long as the activations fit into `memory_budget`.
         memory_budget: Bytes.
         block: Coordinates that the rule treats at once; None: what suits the device.
+        teacher: Makes the optimizer that the rule is to imitate from a list of parameters; it is fed the gradients of
+            the rule's own trajectory and has to work on each coordinate by itself.
+        imitation: Factor on the loss of the imitation, at least 0; it may be changed between truncations.
     """
 
     task: Task
@@ -106,6 +126,8 @@ class Unroll:
     memory: Memory = "auto"
     memory_budget: int = 2**30
     block: int | None = None
+    teacher: Callable[[list[Tensor]], Optimizer] | None = None
+    imitation: float = 0.0
     _buffers: dict[tuple[Any, ...], list[tuple[RuleUnroll, Tensor]]] = field(default_factory=dict, repr=False)
 
     def start(self, batch: Mapping[str, Tensor]) -> Episode:
@@ -124,7 +146,11 @@ class Unroll:
             for name, values in zip(names, _split(theta, [start[name] for name in names]), strict=True):
                 params[name] = values.detach().requires_grad_()
             state = rule.init_state(theta.numel(), device=like.device, dtype=like.dtype)
-            parts.append(Part(rule, names, theta, state, torch.empty_like(theta)))
+            part = Part(rule, names, theta, state, torch.empty_like(theta))
+            if self.teacher is not None and self.imitation:
+                part.shadow = torch.zeros_like(theta).requires_grad_()
+                part.teacher = self.teacher([part.shadow])
+            parts.append(part)
         episode = Episode(task, batch, parts, params, {**params, **buffers}, like.new_empty(0))
         self._evaluate(episode, [part.gradient for part in parts])
         check_losses(episode.losses, len(seeds), at_start=True)
@@ -142,29 +168,42 @@ class Unroll:
         if len(weights) != num_steps:
             raise ValueError(f"{len(weights)} weights for num_steps={num_steps}; give one an inner step")
         if self.second_derivatives:
+            if any(part.teacher is not None for part in episode.parts):
+                raise ValueError("imitation needs no second derivatives; leave one of the two out")
             return self._run_by_autograd(episode, num_steps, weights)
         buffers = self._buffers_for(episode, num_steps)
         for part, (unroller, gradients) in zip(episode.parts, buffers, strict=True):
             gradients[0].copy_(part.gradient)
             unroller.begin(part.state)
         losses = []
+        lessons = [_Lesson(part, num_steps) if part.teacher is not None else None for part in episode.parts]
         for t in range(num_steps):
-            for part, (unroller, gradients) in zip(episode.parts, buffers, strict=True):
+            for part, (unroller, gradients), lesson in zip(episode.parts, buffers, lessons, strict=True):
                 update = unroller.step(gradients[t].view(-1), part.state)
                 part.theta.add_(update.view(part.theta.shape))
+                if lesson is not None:
+                    lesson.add(t, update, part.taught(gradients[t]))
             episode.step += 1
             self._evaluate(episode, [gradients[t + 1] for _, gradients in buffers])
             losses.append(episode.losses)
         parameters: list[Tensor] = list(self.rule.parameters())
         meta_gradient = {p: torch.zeros_like(p) for p in parameters}
         of_a_task = [w / len(episode.losses) for w in weights]
-        for part, (unroller, gradients) in zip(episode.parts, buffers, strict=True):
+        total = sum((lesson.size for lesson in lessons if lesson is not None), start=episode.losses.new_zeros(()))
+        imitation_loss = torch.zeros_like(total)
+        for part, (unroller, gradients), lesson in zip(episode.parts, buffers, lessons, strict=True):
             part.gradient = gradients[num_steps].clone()
-            if any(weights):  # a truncation of which nothing counts needs no backward pass
-                found = unroller.gradients(gradients.flatten(1), of_a_task)
+            beside = None
+            if lesson is not None:
+                scale = num_steps / total.clamp(min=torch.finfo(total.dtype).tiny)
+                imitation_loss += scale * lesson.errors.square().sum()
+                beside = lesson.errors.mul_(2 * self.imitation * scale)
+            if any(weights) or lesson is not None:  # a truncation of which nothing counts needs no backward pass
+                found = unroller.gradients(gradients.flatten(1), of_a_task, beside)
                 meta_gradient.update(zip(part.rule.parameters(), found, strict=True))
         stacked = torch.stack(losses)  # [num_steps, num_tasks]
-        return Truncation(stacked, _attach(_weighted(stacked, weights), list(meta_gradient.values()), parameters))
+        meta_loss = _attach(_weighted(stacked, weights), list(meta_gradient.values()), parameters)
+        return Truncation(stacked, meta_loss, imitation_loss)
 
     def _buffers_for(self, episode: Episode, num_steps: int) -> list[tuple[RuleUnroll, Tensor]]:
         """For each part its unroll, and the gradients `[num_steps + 1, num_tasks, coordinates of one]`."""
@@ -220,7 +259,24 @@ class Unroll:
             part.state, part.gradient = state.detach(), gradient.detach()
         episode.losses = losses[-1].detach()
         stacked = torch.stack(losses)
-        return Truncation(stacked.detach(), _weighted(stacked, weights))
+        return Truncation(stacked.detach(), _weighted(stacked, weights), stacked.new_zeros(()))
+
+
+class _Lesson:
+    """By how much the updates of a part miss the teacher's.
+
+    Attributes:
+        errors: `[num_steps, num_coordinates]`.
+        size: Sum of the squares of the teacher's updates so far.
+    """
+
+    def __init__(self, part: Part, num_steps: int) -> None:
+        self.errors = part.theta.new_empty(num_steps, part.theta.numel())
+        self.size = part.theta.new_zeros(())
+
+    def add(self, step: int, update: Tensor, taught: Tensor) -> None:
+        torch.sub(update, taught.view(-1), out=self.errors[step])
+        self.size += taught.square().sum()
 
 
 def _split(theta: Tensor, like: Sequence[Tensor]) -> list[Tensor]:

@@ -12,6 +12,7 @@ from hostile import VALUES, result_of
 from lightning_l2l import (
     MLP,
     Autoencoder,
+    CIFAR10DataModule,
     CoordinatewiseLSTM,
     GeneratedDataModule,
     Lasso,
@@ -123,6 +124,11 @@ def use_optimizer(optimizer):
     assert parameter.shape == (2,)
 
 
+def use_cifar10(data):
+    assert 2 <= len(data.classes) <= len(data.train_classes) <= 10
+    assert set(data.classes) | set(data.train_classes) <= set(range(10))
+
+
 def leave(thing):
     assert thing is not None
 
@@ -159,12 +165,13 @@ def make_baseline(**options):
 
 
 SIZES = "episodes_per_epoch num_val_tasks num_test_tasks eval_tasks num_workers num_steps num_tasks seed".split()
+IMAGES = "root batch_size download num_unseen".split()
 CONSTRUCTORS = {
     RNNprop: ("hidden_size num_layers beta1 beta2 eps output_scale".split(), use_rule),
     CoordinatewiseLSTM: ("hidden_size num_layers preprocessing p output_scale forget_bias".split(), use_rule),
     make_module: (
         "task rule num_steps unroll_length loss_weights final_steps lr optimizer lr_scheduler anneal gradient_clip "
-        "max_skipped second_derivatives memory memory_budget".split(),
+        "max_skipped second_derivatives memory memory_budget imitation teacher imitation_epochs train_task".split(),
         use_meta_optimizer,
     ),
     Quadratic: (["dim"], use_task),
@@ -179,7 +186,8 @@ CONSTRUCTORS = {
     make_generated_data: (["task", *SIZES], use_generated_data),
     make_mixture_data: (["members", "weights", *SIZES], use_generated_data),
     make_sequences: (["vocab_size", "sequence_length", "order", "batch_size", "num_unseen", *SIZES], use_sequences),
-    MNISTDataModule: (["root", "batch_size", "download", "num_unseen", *SIZES], leave),
+    MNISTDataModule: ([*IMAGES, *SIZES], leave),
+    CIFAR10DataModule: (["classes", "train_classes", *IMAGES, *SIZES], use_cifar10),
     MLP: ("in_features hidden_size num_layers out_features activation".split(), use_mlp),
     make_network_task: ("module loss_fn init_scale stochastic reconstruct".split(), use_network_task),
     make_baseline: ("name optimizer options".split(), leave),
@@ -209,6 +217,10 @@ def options_of(constructor):
 @example((QuadraticDataModule, {"dim": 10**5, "num_tasks": 10**6}))
 @example((QuadraticDataModule, {"num_workers": 10**6}))
 @example((QuadraticDataModule, {"num_tasks": None}))
+@example((CIFAR10DataModule, {"classes": [5, "cat"]}))
+@example((CIFAR10DataModule, {"classes": ["x" * 500]}))
+@example((CIFAR10DataModule, {"classes": [True, False]}))
+@example((CIFAR10DataModule, {"train_classes": {"a": 1}}))
 @example((MLP, {"hidden_size": 10**6, "num_layers": 40}))
 @example((MLP, {"out_features": 10**9}))
 @example((make_network_task, {"module": lambda: 3}))

@@ -1,5 +1,6 @@
 import copy
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -243,6 +244,9 @@ def test_a_finite_meta_gradient_ends_the_row():
         ({"final_steps": 7}, "final_steps=7 exceeds num_steps=6; use 1 to 6"),
         ({"loss_weights": "first"}, "loss_weights='first' is unknown; use one of all, linear, last"),
         ({"memory_budget": 0}, "memory_budget=0"),
+        ({"imitation": -1.0}, "imitation=-1.0 is not 0 or more"),
+        ({"imitation": 1.0, "second_derivatives": True}, "do not go together"),
+        ({"imitation_epochs": 0}, "imitation_epochs=0"),
     ],
 )
 def test_bad_arguments(arguments, message):
@@ -302,3 +306,29 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(trainer, tmp_path, s
     assert fit.global_step == 18
     for a, b in zip(straight.rule.parameters(), resumed.rule.parameters(), strict=True):
         assert torch.equal(a, b)
+
+
+class ImitationLosses(Callback):
+    def __init__(self):
+        self.found = []
+
+    def on_train_epoch_end(self, trainer, pl_module):
+        self.found.append(float(trainer.callback_metrics["train/imitation_loss"]))
+
+
+def test_a_rule_learns_to_imitate_its_teacher(trainer):
+    losses = ImitationLosses()
+    teacher = partial(torch.optim.SGD, lr=0.01)
+    module = make(lr=0.02, imitation=1000.0, teacher=teacher)
+    trainer(max_epochs=40, limit_val_batches=0, callbacks=[losses]).fit(module, data(episodes_per_epoch=5))
+    assert losses.found[0] > 3  # about 6, one for each inner step, where updates are far too small
+    assert losses.found[-1] < 0.3 * losses.found[0]
+
+
+def test_imitation_falls_to_nothing_over_its_epochs(trainer):
+    seen = []
+    module = make(imitation=4.0, imitation_epochs=2)
+    run = module.unroll.run
+    module.unroll.run = lambda *given: seen.append(module.unroll.imitation) or run(*given)
+    trainer(max_epochs=3, limit_val_batches=0).fit(module, data(episodes_per_epoch=1))
+    assert seen == [4.0, 4.0, 2.0, 2.0, 0.0, 0.0]

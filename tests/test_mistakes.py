@@ -126,6 +126,10 @@ PARSER = {
     "schedule without steps": (fit("--model.lr_scheduler=StepLR"), "arguments are required: step_size"),
     "baselines, not a list": (fit("--curves.baselines=adam"), "--curves.baselines: expected Sequence, got adam"),
     "one quantile": (fit("--curves.quantiles=[0.9]"), "--curves.quantiles: expected tuple with 2 elements, got [0.9]"),
+    "labels, not a list": (
+        fit("--data=CIFAR10DataModule", "--data.classes=cat"),
+        "expected Sequence, got cat",
+    ),
     "unknown precision": (fit("--trainer.precision=12"), "got 12"),
     "seed": (fit("--seed_everything=abc"), "--seed_everything: expected bool; expected int, got abc"),
     "config with a typo": (["fit", "--config=typo.yaml"], "num_stepz"),
@@ -286,6 +290,11 @@ RAISED = {
     ),
     "half the images": (["fit", *mnist("half", MNIST)], "train-images-idx3-ubyte"),
     "empty images": (["fit", *mnist("empty", MNIST)], "train-images-idx3-ubyte has 0 bytes"),
+    "no photographs": (
+        ["fit", "--data=CIFAR10DataModule", "--data.root=absent", MNIST],
+        "has neither cifar-10-batches-bin/data_batch_1.bin nor folders of images, such as train/airplane",
+    ),
+    "no label": (["fit", "--data=CIFAR10DataModule", "--data.classes=[cat,dgo]"], "has 'dgo', which is no label; use"),
     "batch_size": (["fit", *mnist("MNIST_ROOT", MNIST, "--data.batch_size=70000")], "use batch_size="),
     "num_unseen": (["fit", *mnist("MNIST_ROOT", MNIST, "--data.num_unseen=70000")], "use num_unseen="),
 }

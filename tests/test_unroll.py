@@ -240,3 +240,42 @@ def test_a_broken_task_gets_one_clear_line(change, message):
     batch = {"W": torch.ones(3, 2, 2), "y": torch.zeros(3, 2), "seed": torch.arange(3)}
     with pytest.raises(ValueError, match=message):
         Unroll(Wrong(change), rule).start(batch)
+
+
+@pytest.mark.parametrize("weights", [[1.0] * NUM_STEPS, [0.0] * NUM_STEPS], ids=["with", "without a meta-loss"])
+def test_imitation_adds_the_gradient_of_its_loss(task, rule, weights):
+    batch, strength = data(task, 2), 7.0
+    meta_loss, _, _, _ = brute_force(task, rule, batch, NUM_STEPS, weights=weights)
+    plain = Unroll(task, rule)
+    episode = plain.start(batch)
+    # The teacher is SGD with momentum: velocity v = 0.5 v + g, update -0.3 v, on the rule's own trajectory.
+    missed, size = 0.0, 0.0
+    fed = [(part, torch.zeros_like(part.theta), part.state.clone()) for part in episode.parts]
+    for _ in range(NUM_STEPS):
+        for k, (part, velocity, state) in enumerate(fed):
+            velocity = 0.5 * velocity + part.gradient
+            update, state = part.rule(part.gradient.flatten(), state)
+            missed = missed + (update + 0.3 * velocity.flatten()).square().sum()
+            size = size + (0.3 * velocity).square().sum()
+            fed[k] = (part, velocity, state)
+        plain.run(episode, 1)
+    imitation_loss = NUM_STEPS * missed / size
+    want = torch.autograd.grad(meta_loss + strength * imitation_loss, list(rule.parameters()), materialize_grads=True)
+
+    def sgd(params):
+        return torch.optim.SGD(params, lr=0.3, momentum=0.5)
+
+    unroll = Unroll(task, rule, teacher=sgd, imitation=strength)
+    result = unroll.run(unroll.start(batch), NUM_STEPS, weights)
+    result.meta_loss.backward()
+    torch.testing.assert_close(result.meta_loss, meta_loss.detach().to(result.meta_loss), rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(result.imitation_loss, imitation_loss.detach(), rtol=1e-10, atol=1e-12)
+    for parameter, gradient in zip(rule.parameters(), want, strict=True):
+        torch.testing.assert_close(parameter.grad, gradient, rtol=1e-8, atol=1e-12)
+
+
+def test_imitation_and_second_derivatives_do_not_go_together(rule):
+    task = TASKS["mlp"]()
+    unroll = Unroll(task, rule, second_derivatives=True, teacher=torch.optim.SGD, imitation=1.0)
+    with pytest.raises(ValueError, match="leave one of the two out"):
+        unroll.run(unroll.start(data(task, 2)), NUM_STEPS)

@@ -659,19 +659,25 @@ static void layer_backward(const Tile *t, long step, long layer, const float *we
   memcpy(d, t->d_inputs + (led - hidden) * TILE, hidden * TILE * sizeof(float));
 }
 
-/* From the last inner step to the first; the cotangent of an update is the sum of all that comes after it. */
-static void tile_backward(const Tile *t, const float *readout, const float *back, const float *of_losses) {
+/* From the last inner step to the first; the cotangent of an update is the sum of all that comes after it, and what there
+ * is `beside`. */
+static void tile_backward(const Tile *t, const float *readout, const float *back, const float *of_losses,
+                          const float *beside, long n, long m) {
   const Rule *rule = t->rule;
   long hidden = rule->hidden, input = rule->kind == MOMENTS ? 3 * hidden : 0;
   float *of_input = t->end - input * TILE, *of_readout = of_input - (hidden + 1) * TILE;
-  float cotangent[TILE] __attribute__((aligned(64))) = {0};
+  float cotangent[TILE] __attribute__((aligned(64))) = {0}, whole[TILE] __attribute__((aligned(64)));
   memset(t->cells, 0, t->units * TILE * sizeof(float));
   memset(t->d_hidden, 0, t->units * TILE * sizeof(float));
   memset(t->totals, 0, (t->end - t->totals) * sizeof(float));
   for (long step = t->steps - 1; step >= 0; step--) {
     for (int v = 0; v < TILE; v += LANES)
       *(vec *)(cotangent + v) += of_losses[step] * *(vec *)(t->gradients + (step + 1) * TILE + v);
-    readout_backward(t, step, readout, cotangent, of_readout);
+    if (beside) {
+      load_row(whole, beside + step * n, m);
+      for (int v = 0; v < TILE; v += LANES) *(vec *)(whole + v) += *(vec *)(cotangent + v);
+    }
+    readout_backward(t, step, readout, beside ? whole : cotangent, of_readout);
     float *total = of_readout;
     const float *weights = back;
     for (long layer = 0; layer < rule->layers; layer++) weights += back_size(rule, layer);
@@ -711,11 +717,12 @@ long lstm_gradient_scratch(const Rule *rule, long steps, long threads) {
   return threads * (t.end - t.gradients);
 }
 
-/* gradients [steps + 1, n], of_losses [steps]: the weight of the loss after each step. state: before the first one.
- * to [threads, lstm_gradient_size] is added to; all else as in lstm_step, the weights packed for the way back too. */
+/* gradients [steps + 1, n], of_losses [steps]: the weight of the loss after each step. beside [steps, n]: what is added to
+ * the cotangent of each update, or null. state: before the first step. to [threads, lstm_gradient_size] is added to; all
+ * else as in lstm_step, the weights packed for the way back too. */
 void lstm_gradients(const Rule *rule, long n, long stride, long steps, const float *restrict weights,
-                    const float *restrict gradients, const float *restrict of_losses, const float *restrict state,
-                    double *restrict to, long threads, float *restrict scratch) {
+                    const float *restrict gradients, const float *restrict of_losses, const float *restrict beside,
+                    const float *restrict state, double *restrict to, long threads, float *restrict scratch) {
   const float *readout = weights + readout_at(rule), *back = weights + forward_size(rule);
   long count = (n + TILE - 1) / TILE, size = lstm_gradient_scratch(rule, steps, 1);
 #pragma omp parallel num_threads(threads) if (count > 1)
@@ -731,7 +738,7 @@ void lstm_gradients(const Rule *rule, long n, long stride, long steps, const flo
         load_row(t.memory + k * TILE, state + (2 * t.units + k) * stride + at, m);
       for (long step = 0; step <= steps; step++) load_row(t.gradients + step * TILE, gradients + step * n + at, m);
       tile_forward(&t, weights);
-      tile_backward(&t, readout, back, of_losses);
+      tile_backward(&t, readout, back, of_losses, beside ? beside + at : 0, n, m);
       add_totals(&t, found);
     }
     restore(mode);

@@ -99,19 +99,22 @@ class FusedLSTM:
         self.library.lstm_step(self.at, len(gradient), state.stride(0), *where)
         return update
 
-    def gradients(self, gradients: Tensor, weights: Sequence[float], state: Tensor) -> list[Tensor]:
+    def gradients(
+        self, gradients: Tensor, weights: Sequence[float], state: Tensor, beside: Tensor | None = None
+    ) -> list[Tensor]:
         """As `RuleUnroll.gradients`, for a truncation that began with `state`; in the order of the weights.
 
         Args:
             gradients: `[num_steps + 1, num_coordinates]`, contiguous.
             weights: `num_steps` of them.
             state: As in `step_`.
+            beside: None, or `[num_steps, num_coordinates]`, contiguous.
         """
         threads, num_steps, of_losses = torch.get_num_threads(), len(weights), gradients.new_tensor(weights)
         scratch = gradients.new_empty(self.library.lstm_gradient_scratch(self.at, num_steps, threads))
         parts = gradients.new_zeros(threads, self.library.lstm_gradient_size(self.at), dtype=torch.float64)
-        tensors = (self.weights, gradients, of_losses, state, parts)
-        where = (*(tensor.data_ptr() for tensor in tensors), threads, scratch.data_ptr())
+        tensors = (self.weights, gradients, of_losses, beside, state, parts)
+        where = (*(None if t is None else t.data_ptr() for t in tensors), threads, scratch.data_ptr())
         self.library.lstm_gradients(self.at, gradients.shape[1], state.stride(0), num_steps, *where)
         return self._unpack(parts.sum(0).to(gradients.dtype))
 
@@ -157,10 +160,10 @@ class FusedUnroll(RuleUnroll):
         self.count += 1
         return self.fused.step_(gradient, state)
 
-    def gradients(self, gradients: Tensor, weights: Sequence[float]) -> list[Tensor]:
+    def gradients(self, gradients: Tensor, weights: Sequence[float], beside: Tensor | None = None) -> list[Tensor]:
         """See `RuleUnroll.gradients`."""
         check_count(self.count, self.num_steps)
-        return self.fused.gradients(gradients, weights, self.first)
+        return self.fused.gradients(gradients, weights, self.first, beside)
 
 
 def check_count(count: int, num_steps: int) -> None:
@@ -189,7 +192,7 @@ def _library() -> Any:
             "lstm_step": (None, [rule, size, size, *[pointer] * 4, size, pointer]),
             "lstm_gradient_size": (size, [rule]),
             "lstm_gradient_scratch": (size, [rule, size, size]),
-            "lstm_gradients": (None, [rule, size, size, size, *[pointer] * 5, size, pointer]),
+            "lstm_gradients": (None, [rule, size, size, size, *[pointer] * 6, size, pointer]),
         }
         for name, (result, arguments) in signatures.items():
             function = getattr(library, name)

@@ -249,7 +249,7 @@ class _LSTMUnroll(RuleUnroll):
         return self.update[0]
 
     @torch.no_grad()
-    def gradients(self, gradients: Tensor, weights: Sequence[float]) -> list[Tensor]:
+    def gradients(self, gradients: Tensor, weights: Sequence[float], beside: Tensor | None = None) -> list[Tensor]:
         check_count(self.count, self.num_steps)
         total = self.shape.zero_gradients(self.like)
         for index, part in enumerate(self.parts):
@@ -260,6 +260,7 @@ class _LSTMUnroll(RuleUnroll):
                     block.forward(step, self.rule.preprocess(gradients[step, part]), self.weights, None)
             else:
                 block = self.kept[index]
-            block.backward(cotangents(gradients[:, part], weights), self.weights, total)
+            of_updates = cotangents(gradients[:, part], weights, None if beside is None else beside[:, part])
+            block.backward(of_updates, self.weights, total)
         layers, readout = unpack_gradients(self.shape, total, self.rule.output_scale)
         return [*(gradient for layer in layers for gradient in layer), *readout]

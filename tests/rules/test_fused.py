@@ -19,27 +19,28 @@ KINDS = {
 }
 
 
-def run(rule, gradients, memory, weights=None):
+def run(rule, gradients, memory, weights=None, beside=None):
     *fed, _ = gradients
     unroller = rule.unroller(gradients.shape[1], len(fed), memory=memory, block=900)
     state = rule.init_state(gradients.shape[1])
     unroller.begin(state)
     updates = torch.stack([unroller.step(g, state).clone() for g in fed])
-    return [updates, *unroller.gradients(gradients, weights or [1.0] * len(fed))]
+    return [updates, *unroller.gradients(gradients, weights or [1.0] * len(fed), beside)]
 
 
 @compiler
 @pytest.mark.parametrize("memory", ["fast", "flat"])
 @pytest.mark.parametrize("num_layers", [1, 2, 3])
 @pytest.mark.parametrize("make", [CoordinatewiseLSTM, RNNprop])
-def test_compiled_and_plain_agree(monkeypatch, make, num_layers, memory):
+@pytest.mark.parametrize("beside", [None, torch.linspace(-1, 3, 20 * 2001).view(20, 2001)], ids=["alone", "beside"])
+def test_compiled_and_plain_agree(monkeypatch, beside, make, num_layers, memory):
     assert fused.fused_for(torch.empty(0)) is not None
     torch.manual_seed(0)
     rule = make(num_layers=num_layers)
-    gradients, weights = torch.randn(21, 2000) * 0.1, torch.randn(20).tolist()
-    compiled = run(rule, gradients, memory, weights)
+    gradients, weights = torch.randn(21, 2001) * 0.1, torch.randn(20).tolist()
+    compiled = run(rule, gradients, memory, weights, beside)
     monkeypatch.setattr(fused, "_library", lambda: None)
-    plain = run(rule, gradients, memory, weights)
+    plain = run(rule, gradients, memory, weights, beside)
     torch.testing.assert_close(compiled[0], plain[0], rtol=1e-5, atol=1e-7)
     for a, b in zip(compiled[1:], plain[1:], strict=True):
         assert (a - b).norm() < 1e-5 * b.norm()
