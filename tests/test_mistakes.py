@@ -186,6 +186,27 @@ RAISED = {
         fit("--model.task=NetworkTask", "--model.task.module=MLP"),
         "the batch has no 'inputs', it",
     ),
+    "task without drawn data": (
+        fit("--model.task=NetworkTask", "--model.task.module=MLP", "--data=GeneratedDataModule"),
+        "draws the data of the trained module's task, and data of NetworkTask is not drawn; give it a task such as Ros",
+    ),
+    "mixture of a task alone": (
+        fit("--data=MixtureDataModule", "--data.members=[{class_path: QuadraticDataModule}]"),
+        "MixtureDataModule is the data of a Mixture, and the task is 'Quadratic'; give the module the task Mixture",
+    ),
+    "mixture on one task's data": (
+        fit("--model.task=Mixture", "--model.task.tasks=[{class_path: Quadratic}]"),
+        "the batch has no 'member', which says of which of the mixture's tasks it is; use MixtureDataModule",
+    ),
+    "mixture in one batch": (
+        fit(
+            "--model.task=Mixture",
+            "--model.task.tasks=[{class_path: Quadratic}, {class_path: Rosenbrock}]",
+            "--data=MixtureDataModule",
+            "--data.members=[{class_path: QuadraticDataModule}, {class_path: GeneratedDataModule}]",
+        ),
+        "num_val_tasks=4 in batches of eval_tasks=512 are 1, and each of the 2 members must have one; use eval_tasks=2",
+    ),
     "no epochs": (
         fit("--trainer.max_epochs=0"),
         "anneal=True needs to know the end of the run; set max_epochs (now 0)",

@@ -83,6 +83,21 @@ class Task(ABC):
         return {}
 
 
+class GeneratedTask(Task):
+    """A task whose data is drawn from a distribution, not read from files; `GeneratedDataModule` draws it."""
+
+    @abstractmethod
+    def sample(self, generator: torch.Generator) -> dict[str, Tensor]:
+        """Draw what makes one function of the family.
+
+        Args:
+            generator: A CPU generator, the only source of randomness; the global RNG is left as it was.
+
+        Returns:
+            Tensors on the CPU by name, without a dimension for the tasks.
+        """
+
+
 def mix_seed(seed: int, stream: int) -> int:
     """Derive the seed of one of a task's random streams (the splitmix64 generator).
 

@@ -3,17 +3,25 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 
 from lightning_l2l.arguments import MOST, brief, check_at_least, check_type, is_number
 from lightning_l2l.tasks.base import Task, mix_seed
-from lightning_l2l.tasks.batches import get_entries
+from lightning_l2l.tasks.batches import form, get_entries
 
 _MOST_SCALING = 20.0
 _TARGETS = 1 << 33  # stream of random numbers; below are those of starts, steps and unseen data
+
+
+def made_of(task: Any) -> Iterator[Any]:
+    """The task, and those that it is made of one after the other, from the outside in; a `Mixture` ends it."""
+    while task is not None:
+        yield task
+        task = getattr(task, "task", None)
 
 
 class RandomScaling(Task):
@@ -62,11 +70,10 @@ class RandomScaling(Task):
     def of_episode(self, batch: Mapping[str, Tensor]) -> Task:
         """The task with the factors of these seeds, which are drawn once."""
         (seeds,) = get_entries(batch, "seed")
-        generator = torch.Generator()
-        drawn = [self._draw(1, generator.manual_seed(mix_seed(seed, 0)))[1] for seed in seeds.tolist()]
-        factors = {name: torch.cat([one[name] for one in drawn]) for name in drawn[0]}
-        found = copy.copy(self)
-        found.task, found._factors = self.task.of_episode(batch), factors
+        generator, found = torch.Generator(), copy.copy(self)
+        found.task = self.task.of_episode(batch)
+        drawn = [found._draw(1, generator.manual_seed(mix_seed(seed, 0)))[1] for seed in seeds.tolist()]
+        found._factors = {name: torch.cat([one[name] for one in drawn]) for name in drawn[0]}
         return found
 
     def loss(self, params: Mapping[str, Tensor], batch: Mapping[str, Tensor], step: int) -> Tensor:
@@ -106,7 +113,7 @@ class ConvexTerm(Task):
         dim: Number of coordinates of x, at least 1.
 
     Raises:
-        ValueError: If ``dim`` is no positive integer, or the task has a parameter ``convex`` already.
+        ValueError: If ``dim`` is no positive integer, or the task is made of a `ConvexTerm` already.
         TypeError: If ``task`` is none.
 
     References:
@@ -117,14 +124,21 @@ class ConvexTerm(Task):
     def __init__(self, task: Task, dim: int = 20) -> None:
         check_type(Task, "a Task, such as Quadratic()", task=task)
         check_at_least(1, MOST, dim=dim)
-        if "convex" in task.init_params(1, torch.Generator()):
-            raise ValueError(f"task={brief(task)} has a parameter 'convex' already; give it one ConvexTerm, not two")
+        if any(isinstance(one, ConvexTerm) for one in made_of(task)):
+            raise ValueError(f"task={brief(task)} has a ConvexTerm already; give it one, not two")
         self.task, self.dim = task, dim
         self._targets: Tensor | None = None  # [num_tasks, dim]; known within an episode
 
     def init_params(self, num_tasks: int, generator: torch.Generator) -> dict[str, Tensor]:
-        """The task's starting parameters and ``convex`` ``[num_tasks, dim]``."""
-        return {**self.task.init_params(num_tasks, generator), "convex": self._draw(num_tasks, generator)}
+        """The task's starting parameters and ``convex`` ``[num_tasks, dim]``.
+
+        Raises:
+            ValueError: If the task has a parameter ``convex`` of its own.
+        """
+        start = self.task.init_params(num_tasks, generator)
+        if "convex" in start:
+            raise ValueError(f"task={brief(self.task)} has a parameter 'convex' already; call it otherwise")
+        return {**start, "convex": self._draw(num_tasks, generator)}
 
     def init_buffers(self, num_tasks: int) -> dict[str, Tensor]:
         """Those of the task."""
@@ -155,3 +169,87 @@ class ConvexTerm(Task):
 
     def _draw(self, num_tasks: int, generator: torch.Generator) -> Tensor:
         return torch.rand(num_tasks, self.dim, generator=generator, device="cpu").mul_(2).sub_(1)
+
+
+class Mixture(Task):
+    """In every episode one of several tasks, the same for all copies side by side; the batch says which.
+
+    `MixtureDataModule` makes such batches, with data that goes with the task. So a rule is meta-trained on tasks of
+    different kinds in turn, on numbers of parameters, too, that differ. The losses stay as the tasks have them:
+    where those of one are larger by orders of magnitude, so are its meta-gradients (see ``gradient_clip``) and its
+    part in a mean over episodes.
+
+    Outside of an episode it is known how it is made, but not which parameters it has.
+
+    Args:
+        tasks: The members; none is a `Mixture` itself.
+
+    Raises:
+        ValueError: If there are none.
+        TypeError: If they are no list of tasks, or one is a `Mixture`.
+
+    Example:
+        >>> from lightning_l2l.tasks import Quadratic
+        >>> mixture = Mixture([Quadratic(dim=2), Quadratic(dim=5)])
+        >>> mixture.of_episode({"member": torch.tensor([1, 1, 1])}).init_params(3, torch.Generator())["theta"].shape
+        torch.Size([3, 5])
+
+    References:
+        Wichrowska et al., *Learned optimizers that scale and generalize*, section 4, 2017,
+        https://arxiv.org/abs/1703.04813; Metz et al., *Using a thousand optimization tasks to learn hyperparameter
+        search strategies*, 2020, https://arxiv.org/abs/2002.11887
+    """
+
+    def __init__(self, tasks: Sequence[Task]) -> None:
+        check_type((list, tuple), "a list of tasks, such as [Quadratic(), Rosenbrock()]", tasks=tasks)
+        if not tasks:
+            raise ValueError(f"tasks={brief(tasks)} are none; give some, such as [Quadratic(), Rosenbrock()]")
+        for task in tasks:
+            check_type(Task, "a list of tasks, such as [Quadratic(), Rosenbrock()]", tasks=task)
+            if any(isinstance(one, Mixture) for one in made_of(task)):
+                raise TypeError(f"tasks={brief(tasks)} has a Mixture as a member; list its members themselves")
+        self.tasks = list(tasks)
+
+    def of_episode(self, batch: Mapping[str, Tensor]) -> Task:
+        """The member that the batch is of.
+
+        Args:
+            batch: ``member`` ``[num_tasks]``, integers, all the same; and what the member needs.
+
+        Raises:
+            ValueError: If the batch says of no member that it is of that alone.
+        """
+        if "member" not in batch:
+            raise ValueError(
+                "the batch has no 'member', which says of which of the mixture's tasks it is; use MixtureDataModule, "
+                "with a data module for each task"
+            )
+        (member,) = get_entries(batch, "member")
+        numbers = sorted(set(member.flatten().tolist()))
+        if len(numbers) != 1 or member.is_floating_point() or not 0 <= numbers[0] < len(self.tasks):
+            raise ValueError(
+                f"'member' of the batch is {form(member)} with {brief(numbers)}; give int64 [num_tasks], the same "
+                f"number from 0 to {len(self.tasks) - 1} for all"
+            )
+        return self.tasks[int(numbers[0])].of_episode(batch)
+
+    def init_params(self, num_tasks: int, generator: torch.Generator) -> dict[str, Tensor]:
+        """Known of an episode's member only: ``of_episode(batch).init_params(...)``."""
+        self._refuse()
+
+    def init_buffers(self, num_tasks: int) -> dict[str, Tensor]:
+        """Known of an episode's member only: ``of_episode(batch).init_buffers(...)``."""
+        self._refuse()
+
+    def loss(self, params: Mapping[str, Tensor], batch: Mapping[str, Tensor], step: int) -> Tensor:
+        """The member's losses ``[num_tasks]``."""
+        return self.of_episode(batch).loss(params, batch, step)
+
+    def unseen(self, params: Mapping[str, Tensor], batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The member's figures."""
+        return self.of_episode(batch).unseen(params, batch)
+
+    def _refuse(self) -> NoReturn:
+        raise ValueError(
+            "which parameters a Mixture has is known within an episode only; use mixture.of_episode(batch)"
+        )

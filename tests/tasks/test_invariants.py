@@ -6,7 +6,21 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_l2l.tasks import MLP, ConvexTerm, NetworkTask, Quadratic, RandomScaling, init_from_seeds
+from lightning_l2l.tasks import (
+    MLP,
+    Autoencoder,
+    ConvexTerm,
+    Lasso,
+    LogisticRegression,
+    Mixture,
+    NetworkTask,
+    Quadratic,
+    RandomScaling,
+    Rastrigin,
+    Rosenbrock,
+    Transformer,
+    init_from_seeds,
+)
 
 NUM_STEPS, ROWS = 2, 6
 
@@ -16,6 +30,30 @@ def quadratic():
         "W": torch.randn(B, 4, 4, generator=g),
         "y": torch.randn(B, 4, generator=g),
     }
+
+
+def generated(task):
+    def batch(B, g):
+        samples = [task.sample(g) for _ in range(B)]
+        return {name: torch.stack([sample[name] for sample in samples]) for name in samples[0]}
+
+    return task, batch
+
+
+def sequences():
+    def batch(B, g):
+        tokens = torch.randint(5, (B, NUM_STEPS + 2, ROWS, 5), generator=g)
+        inputs, targets = tokens[..., :-1], tokens[..., 1:].to(torch.uint8)
+        names = ("inputs", "targets", "unseen_inputs", "unseen_targets")
+        return dict(zip(names, (inputs[:, 1:], targets[:, 1:], inputs[:, 0], targets[:, 0]), strict=True))
+
+    return NetworkTask(Transformer(5, 4, 2, 2, 4)), batch
+
+
+def member(*tasks):
+    """That of an episode of the last of them."""
+    mixture = Mixture([task for task, _ in tasks])
+    return mixture.of_episode({"member": torch.tensor([len(tasks) - 1])}), tasks[-1][1]
 
 
 def network(module, shape=(5,), num_classes=3, **kwargs):
@@ -49,6 +87,12 @@ def convnet():
 
 CASES = {
     "quadratic": quadratic,
+    "rosenbrock": lambda: generated(Rosenbrock(dim=4)),
+    "rastrigin": lambda: generated(Rastrigin(dim=4, random_amplitude=True)),
+    "logistic-regression": lambda: generated(LogisticRegression(num_features=3, num_examples=7)),
+    "lasso": lambda: generated(Lasso(num_features=5)),
+    "transformer": sequences,
+    "autoencoder": lambda: network(Autoencoder(6, 4), (2, 3), loss_fn=nn.functional.mse_loss, reconstruct=True),
     "mlp": lambda: network(MLP(5, 4, 2, 3)),
     "mlp-gaussian": lambda: network(MLP(5, 4, 1, 3), init_scale=0.3),
     "mlp-factory": lambda: network(lambda: MLP(5, 4, 1, 3)),
@@ -58,6 +102,7 @@ CASES = {
     "random-scaling": lambda: made_of(RandomScaling, quadratic()),
     "random-scaling-batch-norm": lambda: made_of(RandomScaling, network(convnet(), shape=(2, 4, 4)), bound=1.0),
     "convex-term": lambda: made_of(ConvexTerm, quadratic(), dim=3),
+    "member-of-a-mixture": lambda: member(network(MLP(5, 4, 1, 3)), generated(Rosenbrock(dim=3))),
     "both": lambda: made_of(RandomScaling, made_of(ConvexTerm, network(MLP(5, 4, 1, 3)), dim=3), bound=0.5),
 }
 

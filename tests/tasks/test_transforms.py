@@ -5,7 +5,17 @@ import math
 import pytest
 import torch
 
-from lightning_l2l.tasks import MLP, ConvexTerm, NetworkTask, Quadratic, RandomScaling, init_from_seeds
+from lightning_l2l.rules.describe import describe
+from lightning_l2l.tasks import (
+    MLP,
+    ConvexTerm,
+    Mixture,
+    NetworkTask,
+    Quadratic,
+    RandomScaling,
+    Rosenbrock,
+    init_from_seeds,
+)
 
 SEEDS = torch.arange(50) + 7
 
@@ -76,9 +86,95 @@ def test_the_convex_term_is_the_mean_square_distance_from_a_target_of_each_seed(
         (lambda: RandomScaling(torch.nn.Linear(1, 1)), "task=.*give a Task"),
         (lambda: ConvexTerm(Quadratic(), dim=0), "dim=0"),
         (lambda: ConvexTerm("quadratic"), "task='quadratic'"),
-        (lambda: ConvexTerm(ConvexTerm(Quadratic())), "a parameter 'convex' already"),
+        (lambda: ConvexTerm(ConvexTerm(Quadratic())), "has a ConvexTerm already; give it one, not two"),
     ],
 )
 def test_bad_arguments(make, message):
     with pytest.raises((ValueError, TypeError), match=message):
+        make()
+
+
+# ---- mixtures ----
+
+SMALL_MIXTURE = [Quadratic(4), NetworkTask(torch.nn.BatchNorm1d(3)), ConvexTerm(Rosenbrock(3), dim=2)]
+
+
+def in_member(member, num_tasks=3):
+    """A batch of one member: of its own data, the seed, and its number."""
+    batch = {"seed": SEEDS[:num_tasks], "member": torch.full((num_tasks,), member)}
+    shift = torch.randn(num_tasks, 3, generator=torch.Generator().manual_seed(0))
+    inputs = torch.randn(num_tasks, 2, 5, 3, generator=torch.Generator().manual_seed(0))
+    networks = {"inputs": inputs, "targets": torch.zeros(num_tasks, 2, 5).byte()}
+    return batch | [quadratics(num_tasks), networks, {"shift": shift}][member]
+
+
+@pytest.mark.parametrize("member", range(3))
+def test_in_an_episode_a_mixture_is_the_member_that_the_batch_says(member):
+    mixture, own, batch = Mixture(SMALL_MIXTURE), SMALL_MIXTURE[member], in_member(member)
+    bound = mixture.of_episode(batch)
+    params, buffers = init_from_seeds(bound, batch["seed"])
+    wanted, wanted_buffers = init_from_seeds(own, batch["seed"])
+    assert params.keys() == wanted.keys() and buffers.keys() == wanted_buffers.keys()
+    assert all(torch.equal(params[name], wanted[name]) for name in params)
+    losses = own.loss(wanted, batch, 1)
+    assert torch.equal(bound.loss(params, batch, 1), losses) and torch.equal(mixture.loss(params, batch, 1), losses)
+    assert mixture.unseen(params, batch) == own.unseen(params, batch)
+
+
+@pytest.mark.parametrize("member", range(3))
+@pytest.mark.parametrize("make", [RandomScaling, lambda task: RandomScaling(ConvexTerm(task, dim=5), bound=1.0)])
+def test_a_mixture_may_be_transformed_as_its_members_may(member, make):
+    if member == 2 and make is not RandomScaling:
+        with pytest.raises(ValueError, match="a parameter 'convex' already; call it otherwise"):
+            init_from_seeds(make(Mixture(SMALL_MIXTURE)).of_episode(in_member(member)), SEEDS[:3])
+        return
+    batch = in_member(member)
+    of_mixture, of_member = make(Mixture(SMALL_MIXTURE)).of_episode(batch), make(SMALL_MIXTURE[member])
+    params, wanted = (init_from_seeds(task, batch["seed"])[0] for task in (of_mixture, of_member))
+    assert params.keys() == wanted.keys() and all(torch.equal(params[name], wanted[name]) for name in params)
+    assert torch.equal(of_mixture.loss(params, batch, 0), of_member.loss(params, batch, 0))
+
+
+@pytest.mark.parametrize(
+    "member, told",
+    [
+        (None, "the batch has no 'member', which says of which of the mixture's tasks it is; use MixtureDataModule"),
+        (torch.tensor([0, 1, 0]), r"'member' of the batch is \[3\] int64 with \[0, 1\]; give .* from 0 to 2 for all"),
+        (torch.tensor([3, 3]), r"with \[3\]"),
+        (torch.tensor([-1]), r"with \[-1\]"),
+        (torch.tensor([0.0]), "float32"),
+        (torch.tensor([], dtype=torch.int64), r"with \[\]"),
+        ("0", "no tensor but a str"),
+    ],
+)
+def test_a_batch_that_does_not_say_of_which_member_it_is(member, told):
+    batch = quadratics(3) if member is None else {**quadratics(3), "member": member}
+    with pytest.raises(ValueError, match=told):
+        Mixture(SMALL_MIXTURE).of_episode(batch)
+
+
+def test_outside_of_an_episode_a_mixture_has_no_parameters():
+    for method in ("init_params", "init_buffers"):
+        arguments = [2, torch.Generator()][: 2 if method == "init_params" else 1]
+        with pytest.raises(ValueError, match=r"known within an episode only; use mixture\.of_episode\(batch\)"):
+            getattr(Mixture(SMALL_MIXTURE), method)(*arguments)
+
+
+def test_a_mixture_is_described_by_its_members():
+    found = describe(Mixture([Quadratic(4), RandomScaling(Rosenbrock(3))]))["init_args"]["tasks"]
+    assert [one["class_path"].split(".")[-1] for one in found] == ["Quadratic", "RandomScaling"]
+    assert found[1]["init_args"]["task"]["init_args"] == {"dim": 3}
+
+
+@pytest.mark.parametrize(
+    "make, told",
+    [
+        (lambda: Mixture([]), r"tasks=\[\] are none"),
+        (lambda: Mixture(Quadratic()), "give a list of tasks"),
+        (lambda: Mixture([Quadratic(), "rosenbrock"]), "tasks='rosenbrock' is a str; give a list of tasks"),
+        (lambda: Mixture([RandomScaling(Mixture([Quadratic()]))]), "has a Mixture as a member; list its members"),
+    ],
+)
+def test_bad_mixtures(make, told):
+    with pytest.raises((ValueError, TypeError), match=told):
         make()
