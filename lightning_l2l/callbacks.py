@@ -296,7 +296,8 @@ class LearningCurves(Callback):
         """The runs of all processes together."""
         losses = gather(trainer, torch.cat([run.losses for run in runs], 1))
         losses = losses.masked_fill(~losses.isfinite(), torch.inf)
-        unseen = {key: gather(trainer, torch.cat([run.unseen[key] for run in runs])[None])[0] for key in runs[0].unseen}
+        known = [key for key in runs[0].unseen if all(key in run.unseen for run in runs)]  # not all tasks of a Mixture
+        unseen = {key: gather(trainer, torch.cat([run.unseen[key] for run in runs])[None])[0] for key in known}
         seconds = sum(run.seconds for run in runs) / len(runs) / (len(losses) - 1)
         return Result(name, losses, lr, _final_steps(pl_module), unseen, seconds)
 

@@ -22,7 +22,7 @@ from lightning_l2l.tasks.base import Task, check_losses, init_from_seeds
 from lightning_l2l.tasks.batches import get_entries
 
 Batch = Mapping[str, Tensor]
-MakeOptimizer = Callable[[list[Tensor]], Optimizer]
+MakeOptimizer = Callable[[list[tuple[str, Tensor]]], Optimizer]
 
 #: Half-decade grid from which tuning starts; it is widened while the best lies on its edge.
 GRID = tuple(float(f"{m}e{e}") for e in range(-3, 1) for m in (1, 3))
@@ -60,7 +60,7 @@ class Baseline:
     def at(self, lr: float) -> MakeOptimizer:
         """The optimizer at a learning rate."""
         make: Callable[..., Optimizer] = self.optimizer
-        return lambda params: make(params, lr=lr, **self.options)
+        return lambda named: make([p for _, p in named], lr=lr, **self.options)
 
 
 BASELINES = (
@@ -121,7 +121,7 @@ def rollout(make_optimizer: MakeOptimizer, task: Task, batch: Batch, num_steps: 
     """Optimise the tasks of a batch side by side.
 
     Args:
-        make_optimizer: From a list of parameters to an optimizer for them.
+        make_optimizer: From a list of parameters with their names to an optimizer for them.
         task: What is optimised.
         batch: Data of one episode, `[num_tasks, ...]` each; "seed" determines the starting points.
         num_steps: Inner steps.
@@ -137,9 +137,10 @@ def rollout(make_optimizer: MakeOptimizer, task: Task, batch: Batch, num_steps: 
             "use Trainer(inference_mode=False), or leave torch.inference_mode()"
         )
     (seeds,) = get_entries(batch, "seed")
+    task = task.of_episode(batch)
     params, buffers = init_from_seeds(task, seeds, device=device)
     leaves = {name: p.requires_grad_() for name, p in params.items()}
-    optimizer = make_optimizer(list(leaves.values()))
+    optimizer = make_optimizer(list(leaves.items()))
     num_tasks = len(seeds)
     losses = torch.empty(0)
     start = time.perf_counter()

@@ -23,6 +23,7 @@ from lightning_l2l.arguments import (
     check_flag,
     check_positive,
     check_type,
+    is_number,
 )
 from lightning_l2l.comparison import Rollout, rollout
 from lightning_l2l.optim import LearnedOptimizer
@@ -55,7 +56,8 @@ class MetaOptimizer(LightningModule):
 
     * `train/meta_loss`: sum over the episode's `num_steps` terms w_t f_t(theta_t), t = 1 .. num_steps, mean over
       the tasks of all ranks; `train/meta_gradient_norm`: the largest of the episode, before clipping;
-      `train/skipped`: outer steps skipped so far because the meta-gradient was not finite.
+      `train/skipped`: outer steps skipped so far because the meta-gradient was not finite; `train/num_steps`: inner
+      steps of the episode.
     * `val/final_loss`: f_t(theta_t), mean over the last `final_steps` inner steps and the validation tasks;
       `val/trajectory_loss`: mean over all inner steps t = 1 .. num_steps; `val/meta_loss`: as in training. A
       diverged task makes them infinite. `val/unseen_loss`, `val/unseen_accuracy`: of the final optimizees on
@@ -80,6 +82,13 @@ class MetaOptimizer(LightningModule):
         second_derivatives: See `Unroll`.
         memory: See `Unroll`.
         memory_budget: See `Unroll`; bytes.
+        train_task: What is optimised in meta-training, where that differs from what the rule is evaluated on, such as
+            `RandomScaling(task)`; it takes the same data.
+        imitation: Factor, at least 0, on the loss of an imitation that is added to the meta-loss in meta-training: how
+            far the rule's updates are from those that the `teacher` makes of the same gradients, relative to their
+            size; see `unroll.Truncation`. Logged as `train/imitation_loss`.
+        teacher: Whom to imitate: an optimizer that works on each coordinate by itself, with its learning rate.
+        imitation_epochs: *Epochs* over which `imitation` falls, evenly, to 0; None leaves it as it is.
 
     Raises:
         ValueError: A size below 1, `unroll_length` does not divide `num_steps`, `final_steps` exceeds it, or another
@@ -103,9 +112,14 @@ class MetaOptimizer(LightningModule):
         second_derivatives: bool = False,
         memory: Memory = "auto",
         memory_budget: int = 2**30,
+        train_task: Task | None = None,
+        imitation: float = 0.0,
+        teacher: OptimizerCallable = torch.optim.Adam,
+        imitation_epochs: int | None = None,
     ) -> None:
         super().__init__()
         check_type(Task, "a Task, such as Quadratic()", task=task)
+        check_type((Task, type(None)), "a Task, such as RandomScaling(task), or None", train_task=train_task)
         check_type(UpdateRule, "an UpdateRule, such as CoordinatewiseLSTM()", rule=rule)
         check_at_least(1, MOST, num_steps=num_steps, unroll_length=unroll_length, final_steps=final_steps)
         check_at_least(1, max_skipped=max_skipped)
@@ -123,7 +137,12 @@ class MetaOptimizer(LightningModule):
         check_choice(get_args(Memory), memory=memory)
         check_positive(lr=lr)
         check_positive(optional=True, gradient_clip=gradient_clip)
-        check_callable("a class, such as torch.optim.Adam", optimizer=optimizer)
+        check_callable("a class, such as torch.optim.Adam", optimizer=optimizer, teacher=teacher)
+        if not is_number(imitation) or imitation < 0:
+            raise ValueError(f"imitation={brief(imitation)} is not 0 or more; use 0 for none")
+        check_at_least(1, optional=True, imitation_epochs=imitation_epochs)
+        if imitation and second_derivatives:
+            raise ValueError("imitation and second_derivatives=True do not go together; leave one out")
         if lr_scheduler is not None:
             check_callable("a function of the optimizer that makes a schedule", lr_scheduler=lr_scheduler)
         if not any(True for _ in rule.parameters()):
@@ -132,16 +151,20 @@ class MetaOptimizer(LightningModule):
         self.task, self.rule = task, rule
         self.num_steps, self.unroll_length, self.lr = num_steps, unroll_length, lr
         self.loss_weights, self.final_steps = loss_weights, final_steps
+        self.train_steps = num_steps  # of episodes in meta-training; a Curriculum may set it lower
         self.weights = LOSS_WEIGHTS[loss_weights](num_steps)
         self.optimizer, self.lr_scheduler, self.anneal = optimizer, lr_scheduler, anneal
         self.gradient_clip, self.max_skipped = gradient_clip, max_skipped
-        self.unroll = Unroll(task, rule, second_derivatives, memory, memory_budget)
+        self.train_task = train_task
+        self.imitation, self.teacher, self.imitation_epochs = imitation, teacher, imitation_epochs
+        self.unroll = Unroll(train_task or task, rule, second_derivatives, memory, memory_budget)
+        self.unroll.teacher = teacher
         self.skipped = self.skipped_in_a_row = 0
         # "disable": a loss that is no number must show, not drop out of the mean.
         names = ("final_loss", "trajectory_loss", "meta_loss", "unseen_loss", "unseen_accuracy")
         self.val_metrics = nn.ModuleDict({name: MeanMetric(nan_strategy="disable") for name in names})
         try:
-            described = {"task": describe(task)}
+            described = {"task": describe(task), "train_task": train_task and describe(train_task)}
         except ValueError:  # somebody's own network; who loads the checkpoint has to bring it along
             described = {}
         self.save_hyperparameters(
@@ -159,6 +182,8 @@ class MetaOptimizer(LightningModule):
                 "second_derivatives": second_derivatives,
                 "memory": memory,
                 "memory_budget": memory_budget,
+                "imitation": imitation,
+                "imitation_epochs": imitation_epochs,
                 "_instantiator": "lightning.pytorch.cli.instantiate_module",
             }
         )
@@ -188,13 +213,19 @@ class MetaOptimizer(LightningModule):
     def training_step(self, batch: Batch, batch_idx: int) -> None:
         """One episode, one outer step a truncation."""
         optimizer = self.optimizers()
+        left = 1.0
+        if self.imitation_epochs is not None:
+            left = max(1 - self.current_epoch / self.imitation_epochs, 0.0)
+        self.unroll.imitation = self.imitation * left
         episode = self.unroll.start(batch)
-        total, largest = torch.zeros((), device=self.device), torch.zeros((), device=self.device)
-        for first in range(0, self.num_steps, self.unroll_length):
-            weights = self.weights[first : first + self.unroll_length]
+        total, largest, imitated = (torch.zeros((), device=self.device) for _ in range(3))
+        weights_of_all = LOSS_WEIGHTS[self.loss_weights](self.train_steps)
+        for first in range(0, self.train_steps, self.unroll_length):
+            weights = weights_of_all[first : first + self.unroll_length]
             optimizer.zero_grad()  # type: ignore[union-attr]
             truncation = self.unroll.run(episode, self.unroll_length, weights)
-            if not any(weights):
+            imitated += truncation.imitation_loss
+            if not any(weights) and not self.unroll.imitation:
                 continue
             self.manual_backward(truncation.meta_loss)
             norm = torch.nn.utils.get_total_norm([p.grad for p in self.rule.parameters() if p.grad is not None])
@@ -206,7 +237,10 @@ class MetaOptimizer(LightningModule):
             "train/meta_loss": total,
             "train/meta_gradient_norm": largest,
             "train/skipped": self.skipped,
+            "train/num_steps": float(self.train_steps),
         }
+        if self.imitation:
+            values["train/imitation_loss"] = cast(Tensor, self.trainer.strategy.reduce(imitated, reduce_op="mean"))
         self.log_dict({**values, "step": float(self.global_step)}, batch_size=1)
         self.log("meta_loss", total, prog_bar=True, logger=False, batch_size=1)
 
@@ -239,7 +273,7 @@ class MetaOptimizer(LightningModule):
     def evaluate(self, batch: Batch) -> Rollout:
         """An episode of the batch's tasks under the rule."""
 
-        def learned(params: list[Tensor]) -> Optimizer:
+        def learned(params: list[tuple[str, Tensor]]) -> Optimizer:
             # Tasks lie side by side in one tensor: one that fails must not hold up the others.
             return LearnedOptimizer(params, self.rule, skip_nonfinite=False)
 

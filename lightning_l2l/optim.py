@@ -34,12 +34,12 @@ class LearnedOptimizer(Optimizer):
     tune: `lr` multiplies its update, so that learning-rate schedules work and groups can have a scale of their own;
     1 is the rule as it was trained.
 
-    State, for a parameter p: `rule_state`, `[rule.state_size, p.numel()]`, in the rule's dtype (float32) whatever the
-    dtype of p, on the device of p, from its first gradient on.
+    State, for a parameter p: `rule_state`, `[state_size, p.numel()]` with the size of its rule's state, in the rule's
+    dtype (float32) whatever the dtype of p, on the device of p, from its first gradient on.
 
     Args:
         params: Parameters, named parameters, or groups of them as dicts, as `torch.optim.Adam` takes them. A group may
-            have its own `lr`, `weight_decay`, `maximize` and `max_update`.
+            have its own `lr`, `weight_decay`, `maximize` and `max_update`. `RuleGroups` need them named.
         rule: A rule, or what `load_rule` takes. Where it is on another device than a parameter, a copy is made there.
         lr: Factor on the rule's update, at least 0; a number, or a tensor of one.
         weight_decay: Decoupled, as in `torch.optim.AdamW`: an inner step begins with theta *= 1 - lr * weight_decay.
@@ -54,7 +54,7 @@ class LearnedOptimizer(Optimizer):
             `step(loss=loss)`, to be minimised unless all groups maximize. Above 0. None: the rule stays.
 
     Raises:
-        ValueError: An option is out of its range.
+        ValueError: An option is out of its range, or a parameter's name does not tell which of `RuleGroups` is its own.
         TypeError: The rule is none, or a module is given in place of its parameters.
         RuntimeError: In `step`, for a sparse or complex gradient, or `fallback_lr` without a loss.
 
@@ -88,7 +88,8 @@ class LearnedOptimizer(Optimizer):
         self.skip_nonfinite = skip_nonfinite
         self.num_skipped = 0
         self.fallback_lr = fallback_lr
-        self._copies: dict[torch.device, UpdateRule] = {}
+        self._copies: dict[tuple[UpdateRule, torch.device], UpdateRule] = {}
+        self._rules: dict[Tensor, UpdateRule] = {}
         self._segments: list[_Segment] = []
         options = {"lr": lr, "weight_decay": weight_decay, "maximize": maximize, "max_update": max_update}
         super().__init__(params, options)
@@ -112,6 +113,25 @@ class LearnedOptimizer(Optimizer):
         if bound is not None and not (is_number(bound) and bound > 0):
             raise ValueError(f"max_update={brief(bound)} is not above 0; use None for no bound")
         super().add_param_group(param_group)
+        try:
+            self._find_rules()
+        except ValueError:
+            self.param_groups.pop()
+            raise
+
+    def _rule_of(self, p: Tensor) -> UpdateRule:
+        if p not in self._rules:  # of a copy
+            self._find_rules()
+        return self._rules[p]
+
+    def _find_rules(self) -> None:
+        """Which rule updates each parameter: a matter of its name."""
+        params = [p for group in self.param_groups for p in group["params"]]
+        names = [n for group in self.param_groups for n in group.get("param_names", [None] * len(group["params"]))]
+        of_name: dict[Any, list[Tensor]] = {}
+        for name, p in zip(names, params, strict=True):
+            of_name.setdefault(name, []).append(p)
+        self._rules = {p: rule for rule, found in self.rule.by_name(of_name) for name in found for p in of_name[name]}
 
     @property
     def handed_over(self) -> bool:
@@ -149,7 +169,8 @@ class LearnedOptimizer(Optimizer):
             for segment, first, last, gradient in runs:
                 columns = slice(segment.offsets[first], segment.offsets[last])
                 with _without_autocast(gradient.device.type):
-                    update = self._rule_on(gradient.device).step_(gradient, segment.state[:, columns])
+                    rule = self._rule_on(segment.rule, gradient.device)
+                    update = rule.step_(gradient, segment.state[:, columns])
                 for k, run in groupby(range(first, last), lambda i: group_of[segment.params[i]]):  # noqa: B023
                     self._apply(self.param_groups[k], segment, list(run), update, columns.start)
         return loss
@@ -207,31 +228,32 @@ class LearnedOptimizer(Optimizer):
         self._segments = [segment for segment in self._segments if segment not in broken]
         loose.update(p for segment in broken for p in segment.params)
         ordered = [p for group in self.param_groups for p in group["params"] if p in loose]
-        for device in {p.device: None for p in ordered}:
-            self._segments.append(self._segment([p for p in ordered if p.device == device], device))
+        for rule, device in {(self._rule_of(p), p.device): None for p in ordered}:
+            alike = [p for p in ordered if p.device == device and self._rules[p] is rule]
+            self._segments.append(self._segment(rule, alike, device))
 
-    def _segment(self, params: list[Tensor], device: torch.device) -> _Segment:
-        parameter = next(self.rule.parameters(), None)
+    def _segment(self, rule: UpdateRule, params: list[Tensor], device: torch.device) -> _Segment:
+        parameter = next(rule.parameters(), None)
         dtype = torch.float32 if parameter is None else parameter.dtype
         sizes = [p.numel() for p in params]
         if any(STATE in self.state[p] for p in params):
-            new = [self.rule.init_state(n, device=device, dtype=dtype) for n in sizes]
+            new = [rule.init_state(n, device=device, dtype=dtype) for n in sizes]
             old = [self.state[p].get(STATE, s) for p, s in zip(params, new, strict=True)]
             state = torch.cat([s.to(device, dtype) for s in old], 1)
         else:
-            state = self.rule.init_state(sum(sizes), device=device, dtype=dtype)
+            state = rule.init_state(sum(sizes), device=device, dtype=dtype)
         views = list(torch.split(state, sizes, 1))
         for p, view in zip(params, views, strict=True):
             self.state[p][STATE] = view
-        return _Segment(params, [0, *accumulate(sizes)], state, views)
+        return _Segment(rule, params, [0, *accumulate(sizes)], state, views)
 
-    def _rule_on(self, device: torch.device) -> UpdateRule:
-        parameter = next(self.rule.parameters(), None)
+    def _rule_on(self, rule: UpdateRule, device: torch.device) -> UpdateRule:
+        parameter = next(rule.parameters(), None)
         if parameter is None or parameter.device == device:
-            return self.rule
-        if device not in self._copies:
-            self._copies[device] = copy.deepcopy(self.rule).to(device)
-        return self._copies[device]
+            return rule
+        if (rule, device) not in self._copies:
+            self._copies[rule, device] = copy.deepcopy(rule).to(device)
+        return self._copies[rule, device]
 
     def _watch(self, loss: Any, has_closure: bool) -> None:
         if loss is None:
@@ -280,7 +302,7 @@ class LearnedOptimizer(Optimizer):
         def before(_: Optimizer, state_dict: dict[str, Any]) -> None:
             given.update({p: state_dict["state"].get(k, {}).get(STATE) for p, k in self._match(state_dict)})
             for p, state in given.items():
-                wanted = [self.rule.state_size, p.numel()]
+                wanted = [self._rule_of(p).state_size, p.numel()]
                 if state is not None and not (isinstance(state, Tensor) and state.layout == torch.strided):
                     raise ValueError(f"{STATE} is {brief(state)}, no dense tensor of shape {wanted}; give another file")
                 if state is not None and list(state.shape) != wanted:
@@ -319,13 +341,14 @@ class LearnedOptimizer(Optimizer):
     def __getstate__(self) -> dict[str, Any]:
         """What is copied and pickled: all but what can be made anew."""
         kept = {key: self.__dict__[key] for key in ("rule", "skip_nonfinite", "num_skipped", "fallback_lr")}
-        return {**super().__getstate__(), **kept, "_copies": {}, "_segments": []}
+        return {**super().__getstate__(), **kept, "_copies": {}, "_segments": [], "_rules": {}}
 
 
 @dataclass(eq=False)
 class _Segment:
-    """Parameters whose states lie side by side in one tensor: those that got their first gradient together."""
+    """Parameters whose states lie side by side in one tensor: a rule's that got their first gradient together."""
 
+    rule: UpdateRule
     params: list[Tensor]
     offsets: list[int]  # of each one's coordinates, and the number of all at the end
     state: Tensor  # [rule.state_size, coordinates]

@@ -49,7 +49,7 @@ def propose(make_optimizer: MakeOptimizer, history: Tensor, candidates: Tensor) 
     back to 0 before each step, so that the update is free of rounding, and weight decay has nothing to decay.
 
     Args:
-        make_optimizer: From a list of parameters to a coordinatewise optimizer for them.
+        make_optimizer: From a list of parameters with their names to a coordinatewise optimizer for them.
         history: `[T]`, T >= 0: the gradients so far. The optimizer runs on its device.
         candidates: `[n]`: values of x.
 
@@ -62,7 +62,7 @@ def propose(make_optimizer: MakeOptimizer, history: Tensor, candidates: Tensor) 
         tensor([ 0.0500, -0.0500, -0.1500])
     """
     coordinate = torch.zeros(len(candidates), device=history.device, requires_grad=True)
-    optimizer = make_optimizer([coordinate])
+    optimizer = make_optimizer([("coordinate", coordinate)])
     for gradient in (*history, candidates):
         coordinate.zero_()
         coordinate.grad = gradient.to(coordinate).expand_as(coordinate).clone()
@@ -85,9 +85,9 @@ def record_gradients(rule: UpdateRule, task: Task, batch: Batch, num_steps: int,
     """
     gradients: list[Tensor] = []
 
-    def learned(params: list[Tensor]) -> Optimizer:
+    def learned(params: list[tuple[str, Tensor]]) -> Optimizer:
         def record(*_: Any) -> None:
-            found = [torch.zeros_like(p) if p.grad is None else p.grad for p in params]
+            found = [torch.zeros_like(p) if p.grad is None else p.grad for _, p in params]
             gradients.append(torch.cat([gradient.flatten() for gradient in found]).float())
 
         optimizer = LearnedOptimizer(params, rule)
@@ -96,6 +96,15 @@ def record_gradients(rule: UpdateRule, task: Task, batch: Batch, num_steps: int,
 
     rollout(learned, task, _first_task(batch), num_steps, device)
     return torch.stack(gradients)
+
+
+def _parameter_of(task: Task, coordinate: int) -> str | None:
+    """Name of the parameter that a coordinate belongs to, counted over all parameters."""
+    for name, values in task.init_params(1, torch.Generator()).items():
+        if coordinate < values.numel():
+            return name
+        coordinate -= values.numel()
+    return None
 
 
 def typical_coordinate(gradients: Tensor) -> int:
@@ -305,6 +314,7 @@ class UpdateProposals(Callback):
                 raise ValueError(f"coordinate={coordinate} is none of the task's {count}; use 0 to {count - 1}")
             steps = sorted({min(step, num_steps) for step in self.steps})
             title = f"Updates proposed for {stage} task 0, coordinate {coordinate} of {count}, {num_steps} inner steps"
+            ((rule, _),) = rule.by_name([_parameter_of(task, coordinate)])
             return proposals_figure(rule, self._baselines(trainer), gradients[:, coordinate], steps, title)
 
     def _baselines(self, trainer: Trainer) -> list[tuple[Baseline, float]]:

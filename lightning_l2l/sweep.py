@@ -77,10 +77,10 @@ def main(args: list[str] | None = None) -> int:
     folder, finished = options.resume, []
     if folder:
         options, command = _parse(shlex.split((folder / "command.txt").read_text()))
-        earlier = _read_csv(folder / "sweep.csv") if (folder / "sweep.csv").is_file() else []
+        earlier = read_csv(folder / "sweep.csv") if (folder / "sweep.csv").is_file() else []
         finished = [row for row in earlier if row["status"] == DONE]
     else:
-        folder = _new_folder(options.folder)
+        folder = new_folder(options.folder)
         (folder / "command.txt").write_text(shlex.join(args) + "\n")
     over, bounds = dict(options.over), dict(options.random)
     settings = make_settings(over, bounds, options.trials, options.seed)
@@ -89,9 +89,9 @@ def main(args: list[str] | None = None) -> int:
     for number, setting in enumerate(settings, 1):
         if not results[number - 1]:
             print(f"[{number}/{len(settings)}] {_shown(setting)}", flush=True)
-            rows, status = _run(command, setting, folder / str(number), first=not any(results))
+            rows, status = run_setting(command, setting, folder / str(number), first=not any(results))
             results[number - 1] = [{**setting, **row, "status": status} for row in rows]
-            _write_csv(folder / "sweep.csv", [row for rows in results for row in rows])
+            write_csv(folder / "sweep.csv", [row for rows in results for row in rows])
 
     print_table(_table(results, [*over, *bounds], f"{command[0]} at {len(settings)} settings: final loss"))
     good = [rows for rows in results if rows[0]["status"] == DONE]
@@ -161,21 +161,32 @@ def _bounds(text: str) -> tuple[str, tuple[float, float]]:
     return field, (low, high)
 
 
-def _new_folder(root: Path) -> Path:
+def new_folder(root: Path) -> Path:
+    """Make the next `version_N` in a folder."""
     numbers = [int(p.name[8:]) for p in root.glob("version_*") if p.name[8:].isdecimal()]
     folder = root / f"version_{max(numbers, default=-1) + 1}"
     folder.mkdir(parents=True)
     return folder
 
 
-def _run(command: list[str], setting: Row, root: Path, first: bool) -> tuple[list[Row], str]:
-    """The rule's row and those of the baselines, and the status; a mistake in the `first` setting ends the sweep."""
+def run_setting(command: list[str], setting: Row, root: Path, first: bool) -> tuple[list[Row], str]:
+    """Run a command at a setting.
+
+    Args:
+        command: `fit` or `test` and its arguments.
+        setting: Field -> value.
+        root: Where its log folder is made.
+        first: Whether nothing has run yet: a mistake then ends the program.
+
+    Returns:
+        The rule's row and those of the baselines, and the status: `DONE`, or what failed.
+    """
     flags = [f"--{field}={value}" for field, value in {ROOT_DIR: str(root), **setting}.items()]
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "LightningCLI's args parameter")  # sys.argv is the sweep's
             cli.main([*command, *flags])
-        rows = _fit_rows(root) if command[0] == "fit" else _read_csv(_newest(root, "comparison.csv"))
+        rows = _fit_rows(root) if command[0] == "fit" else read_csv(_newest(root, "comparison.csv"))
         final_loss = rows[0]["final_loss"]
         if math.isfinite(float(final_loss)):
             return rows, DONE
@@ -214,12 +225,14 @@ def _newest(root: Path, name: str) -> Path:
     return found[-1]
 
 
-def _read_csv(path: Path) -> list[Row]:
+def read_csv(path: Path) -> list[Row]:
+    """Rows of a CSV file."""
     with path.open(newline="", encoding="utf-8") as file:
         return list(csv.DictReader(file))
 
 
-def _write_csv(path: Path, rows: Sequence[Row]) -> None:
+def write_csv(path: Path, rows: Sequence[Row]) -> None:
+    """Write rows, the status last; the file is there whole at any time."""
     columns = dict.fromkeys(column for row in rows for column in row if column != "status")
     whole = path.with_suffix(".tmp")  # a sweep may be killed at any time
     with whole.open("w", newline="", encoding="utf-8") as file:

@@ -16,12 +16,13 @@ truncation. Hence one forward and one backward pass of the optimizee a step, and
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
 
 from lightning_l2l.rules.base import Memory, RuleUnroll, UpdateRule
 from lightning_l2l.tasks.base import Task, check_losses, init_from_seeds
@@ -29,26 +30,56 @@ from lightning_l2l.tasks.batches import get_entries
 
 
 @dataclass
-class Episode:
-    """Where an episode stands: B optimizees side by side, and the rule's state for all of their coordinates.
+class Part:
+    """The coordinates of an episode that one rule updates: all of them, but for `RuleGroups`.
 
     Attributes:
-        batch: The data of the episode, `[num_tasks, ...]` each.
-        theta: All parameters of all optimizees, `[num_tasks, coordinates of one]`.
-        params: Views of `theta` by name, `[num_tasks, ...]`, leaves of autograd.
-        variables: `params` and the optimizees' buffers together, as `Task.loss` takes them.
+        rule: By which.
+        names: Parameters that they are.
+        theta: `[num_tasks, coordinates of one]`.
         state: The rule's state, `[state_size, num_coordinates]`.
         gradient: Gradient at `theta`, `[num_tasks, coordinates of one]`.
-        losses: Loss of each task at `theta`, `[num_tasks]`.
+        teacher: What the rule is to imitate, if anything: an optimizer of `shadow`.
+        shadow: `[num_tasks, coordinates of one]`, where the teacher's updates show.
+    """
+
+    rule: UpdateRule
+    names: list[str]
+    theta: Tensor
+    state: Tensor
+    gradient: Tensor
+    teacher: Optimizer | None = None
+    shadow: Tensor = field(default_factory=lambda: torch.empty(0))
+
+    @torch.no_grad()
+    def taught(self, gradient: Tensor) -> Tensor:
+        """The teacher's update for a gradient `[num_tasks, coordinates of one]`; its state moves on."""
+        assert self.teacher is not None
+        self.shadow.zero_()
+        self.shadow.grad = gradient.clone()
+        self.teacher.step()
+        return self.shadow.detach()
+
+
+@dataclass
+class Episode:
+    """Where an episode stands: B optimizees side by side, and the rules' states for all of their coordinates.
+
+    Attributes:
+        task: What is optimised, as it is for this episode.
+        batch: The data of the episode, `[num_tasks, ...]` each.
+        parts: All coordinates of all optimizees, by the rule that updates them.
+        params: Views of the parts' `theta` by name, `[num_tasks, ...]`, leaves of autograd.
+        variables: `params` and the optimizees' buffers together, as `Task.loss` takes them.
+        losses: Loss of each task at theta, `[num_tasks]`.
         step: Inner steps made so far.
     """
 
+    task: Task
     batch: Mapping[str, Tensor]
-    theta: Tensor
+    parts: list[Part]
     params: dict[str, Tensor]
     variables: dict[str, Tensor]
-    state: Tensor
-    gradient: Tensor
     losses: Tensor
     step: int = 0
 
@@ -60,11 +91,14 @@ class Truncation:
     Attributes:
         losses: `[T, num_tasks]`, f_t(theta_t) after each of the T steps, without a graph.
         meta_loss: Scalar, the sum over the T terms, the mean over tasks. Its `backward()` adds the meta-gradient
-            to the rule's parameters.
+            to the rule's parameters; where the rule imitates a teacher, that of the imitation's loss as well.
+        imitation_loss: Scalar without a graph: T sum_s |u_s - v_s|^2 / sum_s |v_s|^2 of the updates u_s and those of
+            the teacher, v_s; T for updates of zero. 0 where there is no teacher.
     """
 
     losses: Tensor
     meta_loss: Tensor
+    imitation_loss: Tensor
 
 
 @dataclass
@@ -81,6 +115,9 @@ class Unroll:
             fast as long as the activations fit into `memory_budget`.
         memory_budget: Bytes.
         block: Coordinates that the rule treats at once; None: what suits the device.
+        teacher: Makes the optimizer that the rule is to imitate from a list of parameters; it is fed the gradients of
+            the rule's own trajectory and has to work on each coordinate by itself.
+        imitation: Factor on the loss of the imitation, at least 0; it may be changed between truncations.
     """
 
     task: Task
@@ -89,7 +126,9 @@ class Unroll:
     memory: Memory = "auto"
     memory_budget: int = 2**30
     block: int | None = None
-    _buffers: dict[tuple[Any, ...], tuple[RuleUnroll, Tensor]] = field(default_factory=dict, repr=False)
+    teacher: Callable[[list[Tensor]], Optimizer] | None = None
+    imitation: float = 0.0
+    _buffers: dict[tuple[Any, ...], list[tuple[RuleUnroll, Tensor]]] = field(default_factory=dict, repr=False)
 
     def start(self, batch: Mapping[str, Tensor]) -> Episode:
         """Begin an episode at the starting points that `batch["seed"]` `[num_tasks]` determines.
@@ -99,19 +138,21 @@ class Unroll:
         """
         (seeds,) = get_entries(batch, "seed")
         like = next(self.rule.parameters())
-        start, buffers = init_from_seeds(self.task, seeds, device=like.device)
-        theta = torch.cat([p.flatten(1) for p in start.values()], 1)
-        params = {}
-        first = 0
-        for name, p in start.items():
-            size = math.prod(p.shape[1:])
-            params[name] = theta[:, first : first + size].view(p.shape).detach().requires_grad_()
-            first += size
-        state = self.rule.init_state(theta.numel(), device=like.device, dtype=like.dtype)
-        episode = Episode(
-            batch, theta, params, {**params, **buffers}, state, torch.empty_like(theta), theta.new_empty(0)
-        )
-        self._evaluate(episode, episode.gradient)
+        task = self.task.of_episode(batch)
+        start, buffers = init_from_seeds(task, seeds, device=like.device)
+        parts, params = [], {}
+        for rule, names in self.rule.by_name(start):
+            theta = torch.cat([start[name].flatten(1) for name in names], 1)
+            for name, values in zip(names, _split(theta, [start[name] for name in names]), strict=True):
+                params[name] = values.detach().requires_grad_()
+            state = rule.init_state(theta.numel(), device=like.device, dtype=like.dtype)
+            part = Part(rule, names, theta, state, torch.empty_like(theta))
+            if self.teacher is not None and self.imitation:
+                part.shadow = torch.zeros_like(theta).requires_grad_()
+                part.teacher = self.teacher([part.shadow])
+            parts.append(part)
+        episode = Episode(task, batch, parts, params, {**params, **buffers}, like.new_empty(0))
+        self._evaluate(episode, [part.gradient for part in parts])
         check_losses(episode.losses, len(seeds), at_start=True)
         return episode
 
@@ -127,73 +168,121 @@ class Unroll:
         if len(weights) != num_steps:
             raise ValueError(f"{len(weights)} weights for num_steps={num_steps}; give one an inner step")
         if self.second_derivatives:
+            if any(part.teacher is not None for part in episode.parts):
+                raise ValueError("imitation needs no second derivatives; leave one of the two out")
             return self._run_by_autograd(episode, num_steps, weights)
-        unroller, gradients = self._buffers_for(episode, num_steps)
-        shape = episode.theta.shape
-        gradients[0].copy_(episode.gradient)
+        buffers = self._buffers_for(episode, num_steps)
+        for part, (unroller, gradients) in zip(episode.parts, buffers, strict=True):
+            gradients[0].copy_(part.gradient)
+            unroller.begin(part.state)
         losses = []
-        unroller.begin(episode.state)
+        lessons = [_Lesson(part, num_steps) if part.teacher is not None else None for part in episode.parts]
         for t in range(num_steps):
-            update = unroller.step(gradients[t].view(-1), episode.state)
-            episode.theta.add_(update.view(shape))
+            for part, (unroller, gradients), lesson in zip(episode.parts, buffers, lessons, strict=True):
+                update = unroller.step(gradients[t].view(-1), part.state)
+                part.theta.add_(update.view(part.theta.shape))
+                if lesson is not None:
+                    lesson.add(t, update, part.taught(gradients[t]))
             episode.step += 1
-            self._evaluate(episode, gradients[t + 1])
+            self._evaluate(episode, [gradients[t + 1] for _, gradients in buffers])
             losses.append(episode.losses)
-        episode.gradient = gradients[num_steps].clone()
         parameters: list[Tensor] = list(self.rule.parameters())
-        if any(weights):
-            meta_gradient = unroller.gradients(gradients.flatten(1), [w / shape[0] for w in weights])
-        else:  # a truncation of which nothing counts needs no backward pass
-            meta_gradient = [torch.zeros_like(p) for p in parameters]
+        meta_gradient = {p: torch.zeros_like(p) for p in parameters}
+        of_a_task = [w / len(episode.losses) for w in weights]
+        total = sum((lesson.size for lesson in lessons if lesson is not None), start=episode.losses.new_zeros(()))
+        imitation_loss = torch.zeros_like(total)
+        for part, (unroller, gradients), lesson in zip(episode.parts, buffers, lessons, strict=True):
+            part.gradient = gradients[num_steps].clone()
+            beside = None
+            if lesson is not None:
+                scale = num_steps / total.clamp(min=torch.finfo(total.dtype).tiny)
+                imitation_loss += scale * lesson.errors.square().sum()
+                beside = lesson.errors.mul_(2 * self.imitation * scale)
+            if any(weights) or lesson is not None:  # a truncation of which nothing counts needs no backward pass
+                found = unroller.gradients(gradients.flatten(1), of_a_task, beside)
+                meta_gradient.update(zip(part.rule.parameters(), found, strict=True))
         stacked = torch.stack(losses)  # [num_steps, num_tasks]
-        return Truncation(stacked, _attach(_weighted(stacked, weights), meta_gradient, parameters))
+        meta_loss = _attach(_weighted(stacked, weights), list(meta_gradient.values()), parameters)
+        return Truncation(stacked, meta_loss, imitation_loss)
 
-    def _buffers_for(self, episode: Episode, num_steps: int) -> tuple[RuleUnroll, Tensor]:
-        theta, like = episode.theta, next(self.rule.parameters())
-        key = (theta.shape, num_steps, like.device, like.dtype)
+    def _buffers_for(self, episode: Episode, num_steps: int) -> list[tuple[RuleUnroll, Tensor]]:
+        """For each part its unroll, and the gradients `[num_steps + 1, num_tasks, coordinates of one]`."""
+        like = next(self.rule.parameters())
+        key = (*((part.rule, part.theta.shape) for part in episode.parts), num_steps, like.device, like.dtype)
         if key not in self._buffers:
             self._buffers.clear()  # another size: the old buffers may be large
-            self._buffers[key] = (
-                self.rule.unroller(
-                    theta.numel(), num_steps, memory=self.memory, budget=self.memory_budget, block=self.block
-                ),
-                like.new_empty(num_steps + 1, *theta.shape),
-            )
+            total = sum(part.theta.numel() for part in episode.parts)
+            made = []
+            for part in episode.parts:
+                count = part.theta.numel()
+                options: dict[str, Any] = {"memory": self.memory, "budget": self.memory_budget * count // total}
+                unroller = part.rule.unroller(count, num_steps, **options, block=self.block)
+                made.append((unroller, like.new_empty(num_steps + 1, *part.theta.shape)))
+            self._buffers[key] = made
         return self._buffers[key]
 
-    def _evaluate(self, episode: Episode, gradient: Tensor) -> None:
-        """Loss of each task and its gradient at theta, on the minibatch that belongs to it."""
+    def _evaluate(self, episode: Episode, gradients: list[Tensor]) -> None:
+        """Loss of each task and its gradient at theta, part by part, on the minibatch that belongs to it."""
         with torch.enable_grad():
-            losses = self.task.loss(episode.variables, episode.batch, episode.step)
+            losses = episode.task.loss(episode.variables, episode.batch, episode.step)
             if episode.step == 0:
-                check_losses(losses, len(episode.theta), at_start=False)
+                check_losses(losses, len(episode.parts[0].theta), at_start=False)
             found = torch.autograd.grad(losses.sum(), list(episode.params.values()), materialize_grads=True)
-        torch.cat([g.flatten(1) for g in found], 1, out=gradient)
+        of_name = dict(zip(episode.params, found, strict=True))
+        for part, gradient in zip(episode.parts, gradients, strict=True):
+            torch.cat([of_name[name].flatten(1) for name in part.names], 1, out=gradient)
         episode.losses = losses.detach()
 
     def _run_by_autograd(self, episode: Episode, num_steps: int, weights: Sequence[float]) -> Truncation:
-        losses = []
+        losses, parts = [], episode.parts
         buffers = {k: v for k, v in episode.variables.items() if k not in episode.params}
-        sizes = [p[0].numel() for p in episode.params.values()]
         with torch.enable_grad():
-            theta, state = episode.theta.clone().requires_grad_(), episode.state
+            thetas, states = [part.theta.clone().requires_grad_() for part in parts], [part.state for part in parts]
             for t in range(num_steps + 1):
-                parts = torch.split(theta, sizes, 1)
-                params = {
-                    name: part.view(p.shape) for (name, p), part in zip(episode.params.items(), parts, strict=True)
-                }
-                per_task = self.task.loss({**params, **buffers}, episode.batch, episode.step)
-                (gradient,) = torch.autograd.grad(per_task.sum(), theta, create_graph=t < num_steps, retain_graph=True)
+                params: dict[str, Tensor] = {}
+                for part, theta in zip(parts, thetas, strict=True):
+                    like = [episode.params[name] for name in part.names]
+                    params.update(zip(part.names, _split(theta, like), strict=True))
+                per_task = episode.task.loss({**params, **buffers}, episode.batch, episode.step)
+                gradients = torch.autograd.grad(
+                    per_task.sum(), thetas, create_graph=t < num_steps, retain_graph=True, materialize_grads=True
+                )
                 if t:
                     losses.append(per_task)
                 if t < num_steps:
-                    update, state = self.rule(gradient.flatten(), state)
-                    theta = theta + update.view_as(theta)
+                    for k, part in enumerate(parts):
+                        update, states[k] = part.rule(gradients[k].flatten(), states[k])
+                        thetas[k] = thetas[k] + update.view_as(thetas[k])
                     episode.step += 1
-        episode.theta.copy_(theta.detach())
-        episode.state, episode.gradient, episode.losses = state.detach(), gradient.detach(), losses[-1].detach()
+        for part, theta, state, gradient in zip(parts, thetas, states, gradients, strict=True):
+            part.theta.copy_(theta.detach())
+            part.state, part.gradient = state.detach(), gradient.detach()
+        episode.losses = losses[-1].detach()
         stacked = torch.stack(losses)
-        return Truncation(stacked.detach(), _weighted(stacked, weights))
+        return Truncation(stacked.detach(), _weighted(stacked, weights), stacked.new_zeros(()))
+
+
+class _Lesson:
+    """By how much the updates of a part miss the teacher's.
+
+    Attributes:
+        errors: `[num_steps, num_coordinates]`.
+        size: Sum of the squares of the teacher's updates so far.
+    """
+
+    def __init__(self, part: Part, num_steps: int) -> None:
+        self.errors = part.theta.new_empty(num_steps, part.theta.numel())
+        self.size = part.theta.new_zeros(())
+
+    def add(self, step: int, update: Tensor, taught: Tensor) -> None:
+        torch.sub(update, taught.view(-1), out=self.errors[step])
+        self.size += taught.square().sum()
+
+
+def _split(theta: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
+    """Views of theta `[num_tasks, coordinates of one]` in the shapes `[num_tasks, ...]` of these tensors."""
+    parts = torch.split(theta, [math.prod(one.shape[1:]) for one in like], 1)
+    return [part.view(one.shape) for part, one in zip(parts, like, strict=True)]
 
 
 def _weighted(losses: Tensor, weights: Sequence[float]) -> Tensor:

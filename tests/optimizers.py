@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 
-from lightning_l2l import CoordinatewiseLSTM, LearnedOptimizer
+from lightning_l2l import CoordinatewiseLSTM, LearnedOptimizer, RNNprop
 from lightning_l2l.rules import UpdateRule
 
 SHAPES = [(3, 4), (), (0,), (5,), (1, 2, 17)]
@@ -50,7 +50,18 @@ LSTMS = {
     "one-layer": lambda: CoordinatewiseLSTM(hidden_size=3, num_layers=1, p=5.0),
     "three-layers": lambda: CoordinatewiseLSTM(hidden_size=5, num_layers=3, output_scale=-0.3, forget_bias=1.0),
     "one-unit": lambda: CoordinatewiseLSTM(hidden_size=1, num_layers=4),
+    "rnnprop": lambda: RNNprop(),
+    "rnnprop-one-layer": lambda: RNNprop(hidden_size=3, num_layers=1, beta1=0.5, beta2=0.9, output_scale=-0.5),
+    "rnnprop-one-unit": lambda: RNNprop(hidden_size=1, num_layers=3, beta1=0.0),
 }
+
+
+def possible(rule, state):
+    """A state drawn at random, made one that there can be: means of squares and sums of weights are not negative."""
+    if isinstance(rule, RNNprop):
+        state[-3:] = state[-3:].abs().clamp(max=1)
+    return state
+
 
 # ---- optimizers: the fixture `make` goes through MAKERS ----
 

@@ -11,13 +11,25 @@ from hypothesis import strategies as st
 from hostile import VALUES, result_of
 from lightning_l2l import (
     MLP,
+    Autoencoder,
+    CIFAR10DataModule,
     CoordinatewiseLSTM,
+    GeneratedDataModule,
+    Lasso,
     LearnedOptimizer,
+    LogisticRegression,
     MetaOptimizer,
+    Mixture,
+    MixtureDataModule,
     MNISTDataModule,
     NetworkTask,
     Quadratic,
     QuadraticDataModule,
+    Rastrigin,
+    RNNprop,
+    Rosenbrock,
+    SequenceDataModule,
+    Transformer,
 )
 from lightning_l2l.arguments import brief, check_at_least, check_fits_memory
 from lightning_l2l.callbacks import LearningCurves
@@ -47,7 +59,7 @@ def use_meta_optimizer(module):
 
 
 def use_data(data):
-    if data.num_tasks * data.dim**2 <= MOST:
+    if not data.num_workers and data.num_tasks * data.dim**2 <= MOST:
         batch = next(iter(data.train_dataloader()))
         assert batch["W"].shape == (data.num_tasks, data.dim, data.dim)
 
@@ -55,6 +67,43 @@ def use_data(data):
 def use_task(task):
     if task.dim <= MOST:
         assert task.init_params(2, torch.Generator())["theta"].shape == (2, task.dim)
+
+
+def use_generated_task(task):
+    if max(value for value in vars(task).values() if isinstance(value, int)) <= MOST:
+        params = task.init_params(2, torch.Generator())
+        batch = next(iter(GeneratedDataModule(task, num_tasks=2).train_dataloader()))
+        assert task.loss(params, batch, 0).shape == (2,)
+
+
+def use_generated_data(data):
+    unknown = isinstance(data, GeneratedDataModule) and data.task is None
+    if not data.num_workers and data.num_tasks <= MOST and not unknown:
+        data.setup()
+        assert len(next(iter(data.train_dataloader()))["seed"]) == data.num_tasks
+
+
+def use_sequences(data):
+    sizes = (data.num_tasks, data.num_steps or 2**60, data.batch_size, data.sequence_length)
+    if not data.num_workers and math.prod(sizes) <= 100 * MOST:
+        batch = next(iter(data.train_dataloader()))
+        assert batch["inputs"].shape == (data.num_tasks, data.num_steps + 1, *sizes[2:])
+        assert batch["targets"].max() < data.vocab_size
+
+
+def use_transformer(network):
+    if network.hidden_size * network.sequence_length * network.num_layers <= 10 * MOST:
+        tokens = torch.zeros(2, network.sequence_length, dtype=torch.int64)
+        assert network(tokens).shape == (2, network.vocab_size, network.sequence_length)
+
+
+def use_mixture(mixture):
+    assert mixture.of_episode({"member": torch.zeros(2, dtype=torch.int64)}) is mixture.tasks[0]
+
+
+def use_autoencoder(network):
+    if network.in_features <= MOST:
+        assert network(torch.ones(3, network.in_features)).shape == (3, network.in_features)
 
 
 def use_mlp(network):
@@ -75,6 +124,11 @@ def use_optimizer(optimizer):
     assert parameter.shape == (2,)
 
 
+def use_cifar10(data):
+    assert 2 <= len(data.classes) <= len(data.train_classes) <= 10
+    assert set(data.classes) | set(data.train_classes) <= set(range(10))
+
+
 def leave(thing):
     assert thing is not None
 
@@ -90,6 +144,18 @@ def make_module(**options):
     )
 
 
+def make_generated_data(**options):
+    return GeneratedDataModule(**{"task": Rosenbrock(2), **options})
+
+
+def make_mixture_data(**options):
+    return MixtureDataModule(**{"members": [GeneratedDataModule(Rosenbrock(2))], **options})
+
+
+def make_sequences(**options):
+    return SequenceDataModule(**{"num_steps": 2, **options})
+
+
 def make_network_task(**options):
     return NetworkTask(**{"module": torch.nn.Linear(3, 2), **options})
 
@@ -99,18 +165,31 @@ def make_baseline(**options):
 
 
 SIZES = "episodes_per_epoch num_val_tasks num_test_tasks eval_tasks num_workers num_steps num_tasks seed".split()
+IMAGES = "root batch_size download num_unseen".split()
 CONSTRUCTORS = {
+    RNNprop: ("hidden_size num_layers beta1 beta2 eps output_scale".split(), use_rule),
     CoordinatewiseLSTM: ("hidden_size num_layers preprocessing p output_scale forget_bias".split(), use_rule),
     make_module: (
         "task rule num_steps unroll_length loss_weights final_steps lr optimizer lr_scheduler anneal gradient_clip "
-        "max_skipped second_derivatives memory memory_budget".split(),
+        "max_skipped second_derivatives memory memory_budget imitation teacher imitation_epochs train_task".split(),
         use_meta_optimizer,
     ),
     Quadratic: (["dim"], use_task),
     QuadraticDataModule: (["dim", *SIZES], use_data),
-    MNISTDataModule: (["root", "batch_size", "download", "num_unseen", *SIZES], leave),
+    Rosenbrock: (["dim"], use_generated_task),
+    Rastrigin: ("dim amplitude random_amplitude".split(), use_generated_task),
+    LogisticRegression: ("num_features num_examples l2".split(), use_generated_task),
+    Lasso: ("num_features num_measurements l1 density".split(), use_generated_task),
+    Mixture: (["tasks"], use_mixture),
+    Transformer: ("vocab_size hidden_size num_heads num_layers sequence_length".split(), use_transformer),
+    Autoencoder: ("in_features hidden_size activation".split(), use_autoencoder),
+    make_generated_data: (["task", *SIZES], use_generated_data),
+    make_mixture_data: (["members", "weights", *SIZES], use_generated_data),
+    make_sequences: (["vocab_size", "sequence_length", "order", "batch_size", "num_unseen", *SIZES], use_sequences),
+    MNISTDataModule: ([*IMAGES, *SIZES], leave),
+    CIFAR10DataModule: (["classes", "train_classes", *IMAGES, *SIZES], use_cifar10),
     MLP: ("in_features hidden_size num_layers out_features activation".split(), use_mlp),
-    make_network_task: ("module loss_fn init_scale stochastic".split(), use_network_task),
+    make_network_task: ("module loss_fn init_scale stochastic reconstruct".split(), use_network_task),
     make_baseline: ("name optimizer options".split(), leave),
     LearningCurves: ("baselines quantiles every_n_epochs test_command".split(), leave),
     make_optimizer: ("rule lr weight_decay maximize max_update skip_nonfinite fallback_lr".split(), use_optimizer),
@@ -138,9 +217,25 @@ def options_of(constructor):
 @example((QuadraticDataModule, {"dim": 10**5, "num_tasks": 10**6}))
 @example((QuadraticDataModule, {"num_workers": 10**6}))
 @example((QuadraticDataModule, {"num_tasks": None}))
+@example((CIFAR10DataModule, {"classes": [5, "cat"]}))
+@example((CIFAR10DataModule, {"classes": ["x" * 500]}))
+@example((CIFAR10DataModule, {"classes": [True, False]}))
+@example((CIFAR10DataModule, {"train_classes": {"a": 1}}))
 @example((MLP, {"hidden_size": 10**6, "num_layers": 40}))
 @example((MLP, {"out_features": 10**9}))
 @example((make_network_task, {"module": lambda: 3}))
+@example((Rastrigin, {"amplitude": math.nan}))
+@example((LogisticRegression, {"num_features": 10**5, "num_examples": 10**9}))
+@example((Lasso, {"num_measurements": 10**6, "num_features": 10**6}))
+@example((Lasso, {"density": "0.1"}))
+@example((Mixture, {"tasks": [Quadratic]}))
+@example((Transformer, {"hidden_size": 9, "num_heads": 2}))
+@example((Transformer, {"hidden_size": 10**5, "num_layers": 100}))
+@example((make_generated_data, {"task": Quadratic}))
+@example((make_mixture_data, {"weights": ["1"]}))
+@example((make_mixture_data, {"members": [3]}))
+@example((make_sequences, {"order": 40}))
+@example((make_sequences, {"batch_size": 10**9}))
 @example((make_baseline, {"name": "a\nb"}))
 @example((LearningCurves, {"baselines": "adam"}))
 @example((LearningCurves, {"baselines": [["adam"]]}))

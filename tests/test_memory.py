@@ -42,7 +42,7 @@ while len(seconds) < rounds:  # from the second on, an episode finds the buffers
     begin = time.perf_counter()
     unroll.run(episode, num_steps).meta_loss.backward()
     seconds.append(time.perf_counter() - begin)
-    size = episode.theta.numel()
+    size = episode.parts[0].theta.numel()
     del episode
 assert all(p.grad.isfinite().all() for p in rule.parameters())
 peak = status("VmHWM") - start

@@ -1,11 +1,12 @@
 import copy
 import math
+from functools import partial
 
 import pytest
 import torch
 from lightning.pytorch import Callback, Trainer
 
-from lightning_l2l import CoordinatewiseLSTM, MetaOptimizer, Quadratic, QuadraticDataModule
+from lightning_l2l import CoordinatewiseLSTM, MetaOptimizer, Quadratic, QuadraticDataModule, RandomScaling
 from lightning_l2l.comparison import Rollout
 from lightning_l2l.meta_optimizer import LOSS_WEIGHTS
 from lightning_l2l.unroll import Unroll
@@ -41,15 +42,16 @@ def trainer(tmp_path):
     return build
 
 
-def test_a_training_step_is_an_episode_with_an_outer_step_a_truncation(trainer):
-    module, fit = make(lr=0.01), trainer(max_epochs=1, limit_val_batches=0)
+@pytest.mark.parametrize("train_task", [None, RandomScaling(Quadratic(3))], ids=["same", "another"])
+def test_a_training_step_is_an_episode_with_an_outer_step_a_truncation(trainer, train_task):
+    module, fit = make(lr=0.01, train_task=train_task), trainer(max_epochs=1, limit_val_batches=0)
     by_hand = copy.deepcopy(module.rule)
     fit.fit(module, data())
     assert fit.global_step == 3 * 2
 
     datamodule = data()
     datamodule.setup()
-    adam, unroll = torch.optim.Adam(by_hand.parameters(), lr=0.01), Unroll(Quadratic(3), by_hand)
+    adam, unroll = torch.optim.Adam(by_hand.parameters(), lr=0.01), Unroll(train_task or Quadratic(3), by_hand)
     for batch in datamodule.train_dataloader():
         episode, total = unroll.start(batch), 0.0
         for _ in range(2):
@@ -63,9 +65,11 @@ def test_a_training_step_is_an_episode_with_an_outer_step_a_truncation(trainer):
     assert fit.callback_metrics["train/meta_loss"].item() == pytest.approx(total)
 
 
-def test_validation_figures_are_means_over_all_tasks(trainer):
-    module, datamodule = make(), data(eval_tasks=4)  # 6 tasks: a batch of 4 and one of 2
+def test_validation_figures_are_means_over_all_tasks_and_of_the_task_itself(trainer):
+    datamodule = data(eval_tasks=4)  # 6 tasks: a batch of 4 and one of 2
+    module = make(train_task=RandomScaling(Quadratic(3)))
     (found,) = trainer().validate(module, datamodule, verbose=False)
+    module = make()
     losses = torch.cat([module.evaluate(batch).losses for batch in datamodule.val_dataloader()], 1)
     assert losses.shape == (7, 6)
     assert found["val/final_loss"] == pytest.approx(losses[6].mean().item())
@@ -240,6 +244,9 @@ def test_a_finite_meta_gradient_ends_the_row():
         ({"final_steps": 7}, "final_steps=7 exceeds num_steps=6; use 1 to 6"),
         ({"loss_weights": "first"}, "loss_weights='first' is unknown; use one of all, linear, last"),
         ({"memory_budget": 0}, "memory_budget=0"),
+        ({"imitation": -1.0}, "imitation=-1.0 is not 0 or more"),
+        ({"imitation": 1.0, "second_derivatives": True}, "do not go together"),
+        ({"imitation_epochs": 0}, "imitation_epochs=0"),
     ],
 )
 def test_bad_arguments(arguments, message):
@@ -253,13 +260,14 @@ def test_inference_mode_is_explained(trainer):
 
 
 def test_checkpoint_is_plain_and_loads_by_itself(trainer, tmp_path):
-    module, fit = make(lr=0.02), trainer()
+    module, fit = make(lr=0.02, train_task=RandomScaling(Quadratic(3), bound=2.0)), trainer()
     fit.fit(module, data())
     fit.save_checkpoint(tmp_path / "x.ckpt")
     content = torch.load(tmp_path / "x.ckpt", weights_only=True)
     assert content["hyper_parameters"]["rule"]["init_args"]["hidden_size"] == 4
     loaded = MetaOptimizer.load_from_checkpoint(tmp_path / "x.ckpt", weights_only=True)
     assert isinstance(loaded.task, Quadratic) and loaded.task.dim == 3
+    assert isinstance(loaded.train_task, RandomScaling) and loaded.train_task.bound == 2.0
     assert (loaded.num_steps, loaded.unroll_length, loaded.lr) == (6, 3, 0.02)
     for a, b in zip(module.rule.parameters(), loaded.rule.parameters(), strict=True):
         assert torch.equal(a, b)
@@ -298,3 +306,29 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(trainer, tmp_path, s
     assert fit.global_step == 18
     for a, b in zip(straight.rule.parameters(), resumed.rule.parameters(), strict=True):
         assert torch.equal(a, b)
+
+
+class ImitationLosses(Callback):
+    def __init__(self):
+        self.found = []
+
+    def on_train_epoch_end(self, trainer, pl_module):
+        self.found.append(float(trainer.callback_metrics["train/imitation_loss"]))
+
+
+def test_a_rule_learns_to_imitate_its_teacher(trainer):
+    losses = ImitationLosses()
+    teacher = partial(torch.optim.SGD, lr=0.01)
+    module = make(lr=0.02, imitation=1000.0, teacher=teacher)
+    trainer(max_epochs=40, limit_val_batches=0, callbacks=[losses]).fit(module, data(episodes_per_epoch=5))
+    assert losses.found[0] > 3  # about 6, one for each inner step, where updates are far too small
+    assert losses.found[-1] < 0.3 * losses.found[0]
+
+
+def test_imitation_falls_to_nothing_over_its_epochs(trainer):
+    seen = []
+    module = make(imitation=4.0, imitation_epochs=2)
+    run = module.unroll.run
+    module.unroll.run = lambda *given: seen.append(module.unroll.imitation) or run(*given)
+    trainer(max_epochs=3, limit_val_batches=0).fit(module, data(episodes_per_epoch=1))
+    assert seen == [4.0, 4.0, 2.0, 2.0, 0.0, 0.0]

@@ -126,6 +126,10 @@ PARSER = {
     "schedule without steps": (fit("--model.lr_scheduler=StepLR"), "arguments are required: step_size"),
     "baselines, not a list": (fit("--curves.baselines=adam"), "--curves.baselines: expected Sequence, got adam"),
     "one quantile": (fit("--curves.quantiles=[0.9]"), "--curves.quantiles: expected tuple with 2 elements, got [0.9]"),
+    "labels, not a list": (
+        fit("--data=CIFAR10DataModule", "--data.classes=cat"),
+        "expected Sequence, got cat",
+    ),
     "unknown precision": (fit("--trainer.precision=12"), "got 12"),
     "seed": (fit("--seed_everything=abc"), "--seed_everything: expected bool; expected int, got abc"),
     "config with a typo": (["fit", "--config=typo.yaml"], "num_stepz"),
@@ -181,6 +185,27 @@ RAISED = {
     "network on quadratics": (
         fit("--model.task=NetworkTask", "--model.task.module=MLP"),
         "the batch has no 'inputs', it",
+    ),
+    "task without drawn data": (
+        fit("--model.task=NetworkTask", "--model.task.module=MLP", "--data=GeneratedDataModule"),
+        "draws the data of the trained module's task, and data of NetworkTask is not drawn; give it a task such as Ros",
+    ),
+    "mixture of a task alone": (
+        fit("--data=MixtureDataModule", "--data.members=[{class_path: QuadraticDataModule}]"),
+        "MixtureDataModule is the data of a Mixture, and the task is 'Quadratic'; give the module the task Mixture",
+    ),
+    "mixture on one task's data": (
+        fit("--model.task=Mixture", "--model.task.tasks=[{class_path: Quadratic}]"),
+        "the batch has no 'member', which says of which of the mixture's tasks it is; use MixtureDataModule",
+    ),
+    "mixture in one batch": (
+        fit(
+            "--model.task=Mixture",
+            "--model.task.tasks=[{class_path: Quadratic}, {class_path: Rosenbrock}]",
+            "--data=MixtureDataModule",
+            "--data.members=[{class_path: QuadraticDataModule}, {class_path: GeneratedDataModule}]",
+        ),
+        "num_val_tasks=4 in batches of eval_tasks=512 are 1, and each of the 2 members must have one; use eval_tasks=2",
     ),
     "no epochs": (
         fit("--trainer.max_epochs=0"),
@@ -265,6 +290,11 @@ RAISED = {
     ),
     "half the images": (["fit", *mnist("half", MNIST)], "train-images-idx3-ubyte"),
     "empty images": (["fit", *mnist("empty", MNIST)], "train-images-idx3-ubyte has 0 bytes"),
+    "no photographs": (
+        ["fit", "--data=CIFAR10DataModule", "--data.root=absent", MNIST],
+        "has neither cifar-10-batches-bin/data_batch_1.bin nor folders of images, such as train/airplane",
+    ),
+    "no label": (["fit", "--data=CIFAR10DataModule", "--data.classes=[cat,dgo]"], "has 'dgo', which is no label; use"),
     "batch_size": (["fit", *mnist("MNIST_ROOT", MNIST, "--data.batch_size=70000")], "use batch_size="),
     "num_unseen": (["fit", *mnist("MNIST_ROOT", MNIST, "--data.num_unseen=70000")], "use num_unseen="),
 }

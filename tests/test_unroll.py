@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_l2l.rules import CoordinatewiseLSTM
+from lightning_l2l.rules import CoordinatewiseLSTM, RNNprop, RuleGroups
 from lightning_l2l.tasks import MLP, NetworkTask, Quadratic, Task, init_from_seeds
 from lightning_l2l.unroll import Unroll
 
@@ -41,10 +41,14 @@ def task(request):
     return TASKS[request.param]()
 
 
-@pytest.fixture
-def rule():
+def groups():
+    return RuleGroups({"*weight": CoordinatewiseLSTM(hidden_size=5, output_scale=0.5), "!*weight": RNNprop(3)})
+
+
+@pytest.fixture(params=[lambda: CoordinatewiseLSTM(hidden_size=5, output_scale=0.5), groups], ids=["lstm", "groups"])
+def rule(request):
     torch.manual_seed(0)
-    return CoordinatewiseLSTM(hidden_size=5, output_scale=0.5).double()
+    return request.param().double()
 
 
 def brute_force(task, rule, batch, num_steps, start=None, state=None, detach=True, weights=None):
@@ -52,20 +56,21 @@ def brute_force(task, rule, batch, num_steps, start=None, state=None, detach=Tru
     params, buffers = init_from_seeds(task, batch["seed"])
     params = start or params
     num_tasks = len(batch["seed"])
+    groups = rule.by_name(list(params))
     if state is None:
-        state = rule.init_state(sum(p.numel() for p in params.values()), dtype=torch.float64)
-    first = dict(params)
+        state = [one.init_state(sum(params[k].numel() for k in names), dtype=torch.float64) for one, names in groups]
     meta_loss, losses = 0.0, []
     for t in range(num_steps):
         leaves = {k: (v.detach().requires_grad_() if detach or t == 0 else v) for k, v in params.items()}
         loss = task.loss({**leaves, **buffers}, batch, t).sum()
         gradients = torch.autograd.grad(loss, list(leaves.values()), create_graph=not detach)
-        # coordinates are ordered task by task, and by parameter within a task
-        flat = torch.cat([g.reshape(num_tasks, -1) for g in gradients], 1).flatten()
-        update, state = rule(flat, state)
-        sizes = [v[0].numel() for v in first.values()]
-        parts = update.view(num_tasks, -1).split(sizes, 1)
-        params = {k: v + u.view(v.shape) for (k, v), u in zip(params.items(), parts, strict=True)}
+        of_name, before, params, state = dict(zip(leaves, gradients, strict=True)), params, {}, list(state)
+        for k, (one, names) in enumerate(groups):
+            # coordinates are ordered task by task, and by parameter within a task
+            flat = torch.cat([of_name[name].reshape(num_tasks, -1) for name in names], 1).flatten()
+            update, state[k] = one(flat, state[k])
+            parts = update.view(num_tasks, -1).split([before[name][0].numel() for name in names], 1)
+            params |= {name: before[name] + u.view(before[name].shape) for name, u in zip(names, parts, strict=True)}
         after = task.loss({**params, **buffers}, batch, t + 1)
         losses.append(after.detach())
         meta_loss = meta_loss + after.mean() * (weights[t] if weights else 1)
@@ -77,7 +82,7 @@ def brute_force(task, rule, batch, num_steps, start=None, state=None, detach=Tru
 def test_meta_gradient_is_brute_force_autograd_with_gradients_detached(task, rule, num_tasks, memory, block):
     batch = data(task, num_tasks)
     meta_loss, losses, _, _ = brute_force(task, rule, batch, NUM_STEPS)
-    want = torch.autograd.grad(meta_loss, list(rule.parameters()))
+    want = torch.autograd.grad(meta_loss, list(rule.parameters()), materialize_grads=True)
 
     unroll = Unroll(task, rule, memory=memory, block=block)
     result = unroll.run(unroll.start(batch), NUM_STEPS)
@@ -94,7 +99,7 @@ def test_meta_gradient_of_a_weighted_meta_loss(second_derivatives):
     task, rule = TASKS["mlp"](), CoordinatewiseLSTM(hidden_size=5, output_scale=0.5).double()
     batch, weights = data(task, 3), [0.0, 0.3, 2.0, -1.0, 0.0, 4.0]
     meta_loss, *_ = brute_force(task, rule, batch, NUM_STEPS, detach=not second_derivatives, weights=weights)
-    want = torch.autograd.grad(meta_loss, list(rule.parameters()))
+    want = torch.autograd.grad(meta_loss, list(rule.parameters()), materialize_grads=True)
     unroll = Unroll(task, rule, second_derivatives=second_derivatives)
     result = unroll.run(unroll.start(batch), NUM_STEPS, weights)
     result.meta_loss.backward()
@@ -110,9 +115,9 @@ def test_second_truncation_carries_parameters_and_state_over_but_no_graph(task, 
     _, _, params, state = brute_force(task, rule, batch, UNROLL)
     shifted = {k: v[:, UNROLL:] if k in ("inputs", "targets") else v for k, v in batch.items()}
     meta_loss, losses, _, _ = brute_force(
-        task, rule, shifted, UNROLL, {k: v.detach() for k, v in params.items()}, state.detach()
+        task, rule, shifted, UNROLL, {k: v.detach() for k, v in params.items()}, [s.detach() for s in state]
     )
-    want = torch.autograd.grad(meta_loss, list(rule.parameters()))
+    want = torch.autograd.grad(meta_loss, list(rule.parameters()), materialize_grads=True)
 
     unroll = Unroll(task, rule)
     episode = unroll.start(batch)
@@ -148,7 +153,8 @@ def test_second_derivatives_give_the_gradient_of_finite_differences(task, rule):
                 values.append(meta_loss_of(task, rule, batch))
                 parameter.sub_(direction, alpha=sign * 1e-6)
         slope = (values[0] - values[1]) / 2e-6
-        assert (parameter.grad * direction).sum().item() == pytest.approx(slope, rel=2e-5, abs=1e-8)
+        found = 0.0 if parameter.grad is None else (parameter.grad * direction).sum().item()  # of no part of this task
+        assert found == pytest.approx(slope, rel=2e-5, abs=1e-8)
 
 
 def test_second_derivatives_matter():
@@ -234,3 +240,42 @@ def test_a_broken_task_gets_one_clear_line(change, message):
     batch = {"W": torch.ones(3, 2, 2), "y": torch.zeros(3, 2), "seed": torch.arange(3)}
     with pytest.raises(ValueError, match=message):
         Unroll(Wrong(change), rule).start(batch)
+
+
+@pytest.mark.parametrize("weights", [[1.0] * NUM_STEPS, [0.0] * NUM_STEPS], ids=["with", "without a meta-loss"])
+def test_imitation_adds_the_gradient_of_its_loss(task, rule, weights):
+    batch, strength = data(task, 2), 7.0
+    meta_loss, _, _, _ = brute_force(task, rule, batch, NUM_STEPS, weights=weights)
+    plain = Unroll(task, rule)
+    episode = plain.start(batch)
+    # The teacher is SGD with momentum: velocity v = 0.5 v + g, update -0.3 v, on the rule's own trajectory.
+    missed, size = 0.0, 0.0
+    fed = [(part, torch.zeros_like(part.theta), part.state.clone()) for part in episode.parts]
+    for _ in range(NUM_STEPS):
+        for k, (part, velocity, state) in enumerate(fed):
+            velocity = 0.5 * velocity + part.gradient
+            update, state = part.rule(part.gradient.flatten(), state)
+            missed = missed + (update + 0.3 * velocity.flatten()).square().sum()
+            size = size + (0.3 * velocity).square().sum()
+            fed[k] = (part, velocity, state)
+        plain.run(episode, 1)
+    imitation_loss = NUM_STEPS * missed / size
+    want = torch.autograd.grad(meta_loss + strength * imitation_loss, list(rule.parameters()), materialize_grads=True)
+
+    def sgd(params):
+        return torch.optim.SGD(params, lr=0.3, momentum=0.5)
+
+    unroll = Unroll(task, rule, teacher=sgd, imitation=strength)
+    result = unroll.run(unroll.start(batch), NUM_STEPS, weights)
+    result.meta_loss.backward()
+    torch.testing.assert_close(result.meta_loss, meta_loss.detach().to(result.meta_loss), rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(result.imitation_loss, imitation_loss.detach(), rtol=1e-10, atol=1e-12)
+    for parameter, gradient in zip(rule.parameters(), want, strict=True):
+        torch.testing.assert_close(parameter.grad, gradient, rtol=1e-8, atol=1e-12)
+
+
+def test_imitation_and_second_derivatives_do_not_go_together(rule):
+    task = TASKS["mlp"]()
+    unroll = Unroll(task, rule, second_derivatives=True, teacher=torch.optim.SGD, imitation=1.0)
+    with pytest.raises(ValueError, match="leave one of the two out"):
+        unroll.run(unroll.start(data(task, 2)), NUM_STEPS)

@@ -12,7 +12,7 @@ import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from hashlib import blake2b
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import torch
 from lightning.pytorch import LightningDataModule
@@ -148,7 +148,7 @@ class EpisodeDataModule(LightningDataModule, ABC):
         ValueError: If a size is not a positive integer, or `seed` or `num_workers` is negative.
     """
 
-    needs_num_steps: ClassVar[bool] = True  # whether the data depends on the number of inner steps
+    needs_num_steps: bool = True  # whether the data depends on the number of inner steps
 
     def __init__(
         self,
@@ -190,14 +190,29 @@ class EpisodeDataModule(LightningDataModule, ABC):
             Tensors, or `Minibatches` in place of them, by name, without a dimension for the tasks.
         """
 
+    def sample_for(self, stage: Stage, epoch: int, number: int, generator: torch.Generator) -> Sample:
+        """As `sample`, for a task of a certain batch, which is counted over all processes; by default all are alike.
+
+        Args:
+            stage: As there.
+            epoch: Number of the epoch, from 0; in validation and test always 0.
+            number: Number of the batch within the epoch, from 0; that of batch j is j on all processes.
+            generator: As there.
+        """
+        return self.sample(stage, generator)
+
+    @property
+    def trained(self) -> Any:
+        """The module that is being trained or evaluated; None where there is no Trainer."""
+        return None if self.trainer is None else self.trainer.lightning_module
+
     def setup(self, stage: str = "") -> None:
         """Makes the data of all stages available whatever `stage` is: `test` tunes on validation tasks.
 
         Raises:
             ValueError: If `num_steps` is needed and neither the data module nor the trained module says it.
         """
-        module = None if self.trainer is None else self.trainer.lightning_module
-        self.num_steps = self._given_num_steps or getattr(module, "num_steps", None)
+        self.num_steps = self._given_num_steps or getattr(self.trained, "num_steps", None)
         if self.num_steps is None and self.needs_num_steps:
             raise ValueError(
                 f"{type(self).__name__} has num_steps=None and no module with `num_steps` is being trained; "
@@ -207,9 +222,10 @@ class EpisodeDataModule(LightningDataModule, ABC):
 
     def train_dataloader(self) -> DataLoader[Sample]:
         """Returns `episodes_per_epoch` batches of `num_tasks` tasks on each process."""
-        total = self.episodes_per_epoch * self.num_tasks * _num_processes()
+        width = self.num_tasks * _num_processes()
+        total = self.episodes_per_epoch * width
         sampler = EpisodeSampler(total, num_done=self._num_done)
-        return EpisodeLoader(_Episodes(self, "train", total), **self._options(self.num_tasks, sampler))
+        return EpisodeLoader(_Episodes(self, "train", total, width), **self._options(self.num_tasks, sampler))
 
     def val_dataloader(self) -> DataLoader[Sample]:
         """Returns the validation tasks in batches of `eval_tasks`."""
@@ -225,7 +241,8 @@ class EpisodeDataModule(LightningDataModule, ABC):
 
     def _eval_dataloader(self, stage: Stage, total: int) -> DataLoader[Sample]:
         sampler = EpisodeSampler(total, fixed=True)
-        return DataLoader(_Episodes(self, stage, total), **self._options(self.eval_tasks, sampler))
+        episodes = _Episodes(self, stage, total, self.eval_tasks * _num_processes())
+        return DataLoader(episodes, **self._options(self.eval_tasks, sampler))
 
     def _options(self, batch_size: int, sampler: EpisodeSampler) -> dict[str, Any]:
         # All by keyword: `Trainer.predict` builds the loader anew and stumbles over a positional batch_size.
@@ -253,12 +270,16 @@ class EpisodeDataModule(LightningDataModule, ABC):
 
 
 class _Episodes(Dataset[Sample]):
-    """Maps (epoch, index) to the data of one task; an index alone, from another sampler, is of epoch 0."""
+    """Maps (epoch, index) to the data of one task; an index alone, from another sampler, is of epoch 0.
 
-    def __init__(self, data: EpisodeDataModule, stage: Stage, num_tasks: int) -> None:
+    The batches of all processes with the same number have `width` tasks together.
+    """
+
+    def __init__(self, data: EpisodeDataModule, stage: Stage, num_tasks: int, width: int) -> None:
         self.data = data
         self.stage = stage
         self.num_tasks = num_tasks
+        self.width = width
 
     def __len__(self) -> int:
         return self.num_tasks
@@ -272,7 +293,7 @@ class _Episodes(Dataset[Sample]):
         for key in keys:
             epoch, index = key if isinstance(key, tuple) else (0, key)
             generator.manual_seed(task_seed(self.data.seed, self.stage, epoch, index))
-            sample = dict(self.data.sample(self.stage, generator))
+            sample = dict(self.data.sample_for(self.stage, epoch, index // self.width, generator))
             if not samples:  # before the others are drawn, which may be a million
                 one = sum((v.order if isinstance(v, Minibatches) else v).nbytes for v in sample.values())
                 check_fits_memory(len(keys) * one, num_tasks=len(keys))

@@ -6,21 +6,17 @@ dimensions as 32-bit big-endian integers, and the values in row-major order.
 
 import contextlib
 import gzip
-import hashlib
 import math
-import os
-import time
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
-from http.client import HTTPException, HTTPResponse
+from functools import partial
 from pathlib import Path
-from typing import Any, BinaryIO, cast
-from urllib.parse import urlsplit
-from urllib.request import urlopen
+from typing import BinaryIO, cast
 
 import numpy as np
 import numpy.typing as npt
-from rich.progress import Progress
+
+from lightning_l2l.data.download import CHUNK, fetch, md5_of
 
 MIRRORS = (
     "https://ossci-datasets.s3.amazonaws.com/mnist/",
@@ -35,7 +31,6 @@ CHECKSUMS = {
 }
 REMEDY = "delete it and download it again"
 _UINT8 = 0x08
-_CHUNK = 2**20  # bytes read at a time
 _MOST_PACKED = 2**26  # bytes of an answer to a download; the largest file has 10 MB
 _MOST_UNPACKED = 2**28  # bytes of what is in it; 47 MB
 _MOST_SECONDS = 900.0  # of a download
@@ -80,7 +75,7 @@ def read_idx(path: str | Path, num_dims: int) -> npt.NDArray[np.uint8]:
         length = math.prod(shape)
         # No more than the header promises, piece by piece: neither it nor a packed file's size can be relied on.
         values = bytearray()
-        while piece := file.read(min(length + 1 - len(values), _CHUNK)):
+        while piece := file.read(min(length + 1 - len(values), CHUNK)):
             values += piece
     if len(values) != length:
         found = f"more than {header + length}" if len(values) > length else str(header + len(values))
@@ -117,70 +112,31 @@ def download(
         RuntimeError: If a file can be had from no mirror; the message says what to put where by hand.
     """
     folder = raw_folder(root)
-    for name in checksums:
+    files = ", ".join(f"{name}.gz" for name in checksums)
+    for name, checksum in checksums.items():
         if find_idx(root, name) is not None:
             continue
-        failures = []
-        for mirror in mirrors:
-            try:
-                folder.mkdir(parents=True, exist_ok=True)
-                _fetch(f"{mirror}{name}.gz", folder / f"{name}.gz", checksums[name], timeout)
-                break
-            except (OSError, HTTPException, ValueError) as error:
-                failures.append(f"{mirror}: {' '.join(str(error).split())[:200]}")
-        else:
-            files = ", ".join(f"{name}.gz" for name in checksums)
-            raise RuntimeError(
-                f"{name}.gz could not be downloaded ({'; '.join(failures)}); "
-                f"put {files} into {folder.resolve()} by hand"
-            )
+        fetch(
+            folder / f"{name}.gz",
+            mirrors,
+            partial(_verify, checksum=checksum),
+            f"put {files} into {folder.resolve()} by hand",
+            most_bytes=_MOST_PACKED,
+            most_seconds=_MOST_SECONDS,
+            timeout=timeout,
+        )
 
 
-def _fetch(url: str, path: Path, checksum: str, timeout: float) -> None:
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")  # same folder, hence same disk: the move is atomic
-    deadline = time.monotonic() + _MOST_SECONDS
-    try:
-        with urlopen(url, timeout=timeout) as response, part.open("wb") as file:
-            if urlsplit(response.url).scheme not in (urlsplit(url).scheme, "https"):
-                raise ValueError(f"it leads elsewhere, to {response.url}")
-            size, received = int(response.headers.get("Content-Length") or 0), 0
-            with Progress(transient=True) as progress:
-                bar = progress.add_task(path.name, total=size or None)
-                while piece := _read_some(response):
-                    received += file.write(piece)
-                    progress.advance(bar, len(piece))
-                    if received > _MOST_PACKED:
-                        raise ValueError(f"the answer has more than {_MOST_PACKED} bytes")
-                    if time.monotonic() > deadline:
-                        raise ValueError(f"it took more than {_MOST_SECONDS:g} seconds")
-            if received < size:
-                raise ValueError(f"the answer ended after {received} of {size} bytes")
-            file.flush()
-            os.fsync(file.fileno())
-        found = _md5(part)
-        if found != checksum:
-            raise ValueError(f"the unpacked content has the MD5 {found}, expected {checksum}")
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
-
-
-def _read_some(response: Any) -> bytes:
-    # What has arrived, rather than a full chunk: one that trickles in would not be given up in time.
-    found: bytes = response.read1(_CHUNK) if isinstance(response, HTTPResponse) else response.read(_CHUNK)
-    return found
+def _verify(path: Path, checksum: str) -> None:
+    found = _md5(path)
+    if found != checksum:
+        raise ValueError(f"the unpacked content has the MD5 {found}, expected {checksum}")
 
 
 def _md5(path: Path) -> str:
     """MD5 of what is in a packed file."""
-    md5, size = hashlib.md5(usedforsecurity=False), 0
     with _opened(path, packed=True) as file:
-        while piece := file.read(_CHUNK):
-            md5.update(piece)
-            size += len(piece)
-            if size > _MOST_UNPACKED:
-                raise ValueError(f"the unpacked content has more than {_MOST_UNPACKED} bytes")
-    return md5.hexdigest()
+        return md5_of(file, _MOST_UNPACKED, "the unpacked content")
 
 
 @contextlib.contextmanager

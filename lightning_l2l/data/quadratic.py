@@ -1,12 +1,11 @@
 """Synthetic quadratics: the data of f(theta) = ||W theta - y||^2 with random W and y."""
 
-import torch
+from lightning_l2l.arguments import check_fits_memory
+from lightning_l2l.data.generated import GeneratedDataModule
+from lightning_l2l.tasks.quadratic import Quadratic
 
-from lightning_l2l.arguments import MOST, check_at_least, check_fits_memory
-from lightning_l2l.data.episodes import EpisodeDataModule, Sample, Stage
 
-
-class QuadraticDataModule(EpisodeDataModule):
+class QuadraticDataModule(GeneratedDataModule):
     """Random least-squares problems, a new one for every task; nothing is downloaded.
 
     A batch has `"W"`, float32 `[num_tasks, dim, dim]`, `"y"`, float32 `[num_tasks, dim]`, all entries
@@ -38,8 +37,6 @@ class QuadraticDataModule(EpisodeDataModule):
         https://arxiv.org/abs/1606.04474, 2016.
     """
 
-    needs_num_steps = False
-
     def __init__(
         self,
         num_tasks: int = 128,
@@ -53,6 +50,7 @@ class QuadraticDataModule(EpisodeDataModule):
         num_workers: int = 0,
     ) -> None:
         super().__init__(
+            Quadratic(dim),
             num_tasks=num_tasks,
             seed=seed,
             num_steps=num_steps,
@@ -62,14 +60,6 @@ class QuadraticDataModule(EpisodeDataModule):
             eval_tasks=eval_tasks,
             num_workers=num_workers,
         )
-        check_at_least(1, MOST, dim=dim)
         most = max(num_tasks, self.eval_tasks)
         check_fits_memory(4 * most * dim * (dim + 1), dim=dim, num_tasks=num_tasks, eval_tasks=self.eval_tasks)
         self.dim = dim
-
-    def sample(self, stage: Stage, generator: torch.Generator) -> Sample:
-        """Draws `W`, `[dim, dim]`, and `y`, `[dim]`; all stages have the same distribution."""
-        return {
-            "W": torch.randn(self.dim, self.dim, generator=generator),
-            "y": torch.randn(self.dim, generator=generator),
-        }

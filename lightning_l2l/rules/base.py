@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
-from typing import Literal
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -58,6 +58,17 @@ class UpdateRule(nn.Module, ABC):
         Returns:
             The update `[num_coordinates]`, to be added to the optimizee's parameters, and the next state.
         """
+
+    def by_name(self, names: Iterable[str | None]) -> list[tuple[UpdateRule, list[Any]]]:
+        """Which rule updates which parameters: here this one all of them; `RuleGroups` has several.
+
+        Args:
+            names: Of the parameters; None of those that have none.
+
+        Returns:
+            Rules, each with its names in the order given.
+        """
+        return [(self, list(names))]
 
     @torch.no_grad()
     def step_(self, gradient: Tensor, state: Tensor) -> Tensor:
@@ -122,25 +133,26 @@ class RuleUnroll(ABC):
         """
 
     @abstractmethod
-    def gradients(self, gradients: Tensor, weights: Sequence[float]) -> list[Tensor]:
+    def gradients(self, gradients: Tensor, weights: Sequence[float], beside: Tensor | None = None) -> list[Tensor]:
         """Gradient of the meta-loss with respect to each of `rule.parameters()`, all gradients counted as constants.
 
         With the gradients g_0 .. g_T and the updates u_0 .. u_{T-1} that `step` made of the first T, that is the
-        gradient of sum_t w_t <g_t, u_0 + ... + u_{t-1}>, t = 1 .. T.
+        gradient of sum_t w_t <g_t, u_0 + ... + u_{t-1}>, t = 1 .. T, and of sum_s <b_s, u_s>, s = 0 .. T - 1.
 
         Args:
             gradients: `[num_steps + 1, num_coordinates]`, what was fed to `step` and the gradient after the last one.
             weights: w_1 .. w_T.
+            beside: b_0 .. b_{T-1}, `[num_steps, num_coordinates]`; None: zeros.
         """
 
 
-def cotangents(gradients: Tensor, weights: Sequence[float]) -> Tensor:
-    """What each update is multiplied with in the meta-loss: c_s = w_{s+1} g_{s+1} + ... + w_T g_T, `[T, ...]`."""
+def cotangents(gradients: Tensor, weights: Sequence[float], beside: Tensor | None = None) -> Tensor:
+    """What each update is multiplied with: c_s = w_{s+1} g_{s+1} + ... + w_T g_T, plus what is `beside`, `[T, ...]`."""
     total = torch.empty_like(gradients[1:])
     torch.mul(gradients[-1], weights[-1], out=total[-1])
     for s in range(len(weights) - 2, -1, -1):
         torch.add(total[s + 1], gradients[s + 1], alpha=weights[s], out=total[s])
-    return total
+    return total if beside is None else total.add_(beside)
 
 
 class AutogradUnroll(RuleUnroll):
@@ -165,7 +177,7 @@ class AutogradUnroll(RuleUnroll):
         """See `RuleUnroll.step`."""
         return self.rule.step_(gradient, state)
 
-    def gradients(self, gradients: Tensor, weights: Sequence[float]) -> list[Tensor]:
+    def gradients(self, gradients: Tensor, weights: Sequence[float], beside: Tensor | None = None) -> list[Tensor]:
         """See `RuleUnroll.gradients`."""
         parameters = list(self.rule.parameters())
         totals = [torch.zeros_like(p) for p in parameters]
@@ -174,7 +186,8 @@ class AutogradUnroll(RuleUnroll):
             with torch.enable_grad():
                 state = self.first[:, part]
                 total = given.new_zeros(())
-                for gradient, cotangent in zip(given[:-1], cotangents(given, weights), strict=True):
+                of_updates = cotangents(given, weights, None if beside is None else beside[:, part])
+                for gradient, cotangent in zip(given[:-1], of_updates, strict=True):
                     update, state = self.rule(gradient, state)
                     total = total + torch.dot(update, cotangent)
                 found = torch.autograd.grad(total, parameters, materialize_grads=True)

@@ -80,11 +80,20 @@ def build_rule(description: dict[str, Any]) -> UpdateRule:
     for known in subclasses_of(UpdateRule):  # type: ignore[type-abstract]
         if _path(known) == path:
             try:
-                return known(**description["init_args"])
+                return known(**{name: _built(value) for name, value in description["init_args"].items()})
             except Exception as error:  # whatever arguments that do not fit make a constructor raise
                 told = " ".join(f"{type(error).__name__}: {error}".split())
                 raise ValueError(f"{path} cannot be built from {brief(description, 300)}: {told}") from error
     raise ValueError(f"update rule {brief(path)} is not known; import the module that defines it first")
+
+
+def _built(value: Any) -> Any:
+    """An argument, with the rules in it built."""
+    if isinstance(value, dict):
+        if value.keys() == {"class_path", "init_args"}:
+            return build_rule(value)
+        return {name: _built(one) for name, one in value.items()}
+    return [_built(one) for one in value] if isinstance(value, list) else value
 
 
 def outline(description: dict[str, Any]) -> dict[str, Tensor]:

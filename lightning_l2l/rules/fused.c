@@ -2,9 +2,8 @@
  *
  * Compiled on first use by fused.py. NaN must come through, so nothing here may be built with -ffast-math.
  *
- * Throughout, sizes are those of the rule: `hidden` units a layer, `layers`, and p, the p of the logarithm that a gradient
- * goes through, or 0 where the rule sees the gradient itself. A layer reads what is below it (the features, or the h of
- * the layer below) and its own h. Gates are ordered (i, f, o, g), sums by unit and then gate. */
+ * A layer reads what is below it (what the rule sees of a gradient, or the h of the layer below) and its own h. Gates are
+ * ordered (i, f, o, g), sums by unit and then gate. */
 
 #include <omp.h>
 #include <stdint.h>
@@ -29,6 +28,7 @@ typedef int32_t ivec __attribute__((vector_size(4 * LANES)));
 typedef float unaligned __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 
 #define ALL(x) ((x) - (vec){0}) /* x in all lanes */
+#define LOG2_E 1.44269504088896341f
 
 /* In a register from here on: what is used several times is not to be loaded several times, for loads are scarce. */
 INLINE vec in_register(vec x) {
@@ -128,21 +128,74 @@ INLINE vec log_abs(vec x) {
   return (vec)((no_number & bits) | (~no_number & (ivec)log));
 }
 
-#define LOG2_E 1.44269504088896341f
-
 /* sigmoid(s) of exponent = -log2(e) s */
 INLINE vec sigmoid(vec exponent) { return reciprocal(1.0f + power_of_2(exponent, 126.0f)); }
 
-/* What a rule sees of gradients [TILE] (preprocessing.py): x [2, TILE] or, without p, x [TILE]. */
-INLINE void preprocess(const float *restrict gradient, float p, float e_to_p, float *restrict x) {
+INLINE vec tanh_of(vec x) { return 2.0f * sigmoid(x * (-2.0f * LOG2_E)) - 1.0f; }
+
+INLINE vec square_root(vec x) {
+#if defined __AVX512F__
+  return (vec)_mm512_sqrt_ps((__m512)x);
+#elif defined __AVX__
+  return (vec)_mm256_sqrt_ps((__m256)x);
+#else
+  for (int k = 0; k < LANES; k++) x[k] = __builtin_sqrtf(x[k]);
+  return x;
+#endif
+}
+
+/* ---- What a rule sees of a gradient ---- */
+
+enum { IDENTITY, LOG_AND_SIGN, MOMENTS };
+
+typedef struct {
+  long hidden, layers;       /* units a layer, layers */
+  long kind;                 /* IDENTITY: the gradient; LOG_AND_SIGN: preprocessing.py; MOMENTS: rnnprop.py */
+  float p, e_to_p;           /* of LOG_AND_SIGN */
+  float beta1, beta2, eps;   /* of MOMENTS, which has an input layer before the lowest one, and a tanh after the readout */
+  float scale;               /* of the update */
+} Rule;
+
+static long features(const Rule *rule) { return rule->kind == IDENTITY ? 1 : 2; }
+
+/* Rows of what the lowest layer reads of a gradient. */
+static long of_gradient(const Rule *rule) { return rule->kind == MOMENTS ? rule->hidden : features(rule); }
+
+/* Rows of state besides those of the layers, which come first. */
+static long memories(const Rule *rule) { return rule->kind == MOMENTS ? 4 : 0; }
+
+/* Features x [features, TILE] of gradients [TILE]; memory [memories, TILE] is the running means of g and of g^2, and what
+ * the weights in each of them add up to. */
+INLINE void preprocess(const Rule *rule, const float *restrict gradient, float *restrict memory, float *restrict x) {
   for (int v = 0; v < TILE; v += LANES) {
     vec g = *(const vec *)(gradient + v);
-    *(vec *)(x + v) = p ? at_least(log_abs(g) / p, -1.0f) : g;
-    if (p) *(vec *)(x + TILE + v) = clamped(g * e_to_p, 1.0f);
+    if (rule->kind == LOG_AND_SIGN) {
+      *(vec *)(x + v) = at_least(log_abs(g) / rule->p, -1.0f);
+      *(vec *)(x + TILE + v) = clamped(g * rule->e_to_p, 1.0f);
+    } else if (rule->kind == MOMENTS) {
+      g = clamped(g, 1e18f); /* its square has to be a float */
+      vec *m = (vec *)(memory + v), *s = (vec *)(memory + TILE + v);
+      vec *of_m = (vec *)(memory + 2 * TILE + v), *of_s = (vec *)(memory + 3 * TILE + v);
+      *m += (1.0f - rule->beta1) * (g - *m);
+      *s += (1.0f - rule->beta2) * (g * g - *s);
+      *of_m += (1.0f - rule->beta1) * (1.0f - *of_m);
+      *of_s += (1.0f - rule->beta2) * (1.0f - *of_s);
+      vec root = square_root(*s / *of_s) + rule->eps;
+      *(vec *)(x + v) = *m / (*of_m * root);
+      *(vec *)(x + TILE + v) = g / root;
+    } else
+      *(vec *)(x + v) = g;
   }
 }
 
-static long features(float p) { return p ? 2 : 1; }
+/* The input layer: to [hidden, TILE] = elu(weights x + bias), the weights of a unit (bias, two features). */
+static void input_layer(long hidden, const float *restrict weights, const float *restrict x, float *restrict to) {
+  for (long j = 0; j < hidden; j++, weights += 3, to += TILE)
+    for (int v = 0; v < TILE; v += LANES) {
+      vec sum = weights[0] + weights[1] * *(const vec *)(x + v) + weights[2] * *(const vec *)(x + TILE + v);
+      *(vec *)(to + v) = at_least(sum, 0.0f) + (power_of_2(at_most(sum, 0.0f) * LOG2_E, 126.0f) - 1.0f);
+    }
+}
 
 /* ---- Products ---- */
 
@@ -221,6 +274,14 @@ static void add_product(long units, long columns, const float *restrict d, const
 
 static long padded(long n, long to) { return (n + to - 1) / to * to; }
 
+/* What the readout is packed with: before a tanh there is no factor. */
+static float outer_scale(const Rule *rule) { return rule->kind == MOMENTS ? 1.0f : rule->scale; }
+
+/* Rows of what a layer reads to which its gradients are led back; features have none. */
+static long outputs(const Rule *rule, long layer) {
+  return layer || rule->kind == MOMENTS ? 2 * rule->hidden : rule->hidden;
+}
+
 /* A column of weights, for the four gates; torch's order of gates is (i, f, g, o). The sums are exponents of 2. */
 static float *put(float *restrict to, const float *restrict from, long j, long hidden, long columns, long k) {
   *to++ = -LOG2_E * from[j * columns + k];
@@ -230,25 +291,35 @@ static float *put(float *restrict to, const float *restrict from, long j, long h
   return to;
 }
 
-static void pack_forward(long hidden, long layers, long of_gradient, const float *const *from, float scale, float *to) {
-  for (long layer = 0; layer < layers; layer++, from += 3) {
-    long below = layer ? hidden : of_gradient;
+static void pack_forward(const Rule *rule, const float *const *from, float *to) {
+  long hidden = rule->hidden;
+  if (rule->kind == MOMENTS) {
+    const float *const *input = from + 3 * rule->layers + 2;
+    for (long j = 0; j < hidden; j++) {
+      *to++ = input[1][j];
+      *to++ = input[0][2 * j];
+      *to++ = input[0][2 * j + 1];
+    }
+  }
+  for (long layer = 0; layer < rule->layers; layer++, from += 3) {
+    long below = layer ? hidden : of_gradient(rule);
     for (long j = 0; j < hidden; j++) {
       to = put(to, from[2], j, hidden, 1, 0);
       for (long k = 0; k < below; k++) to = put(to, from[0], j, hidden, below, k);
       for (long k = 0; k < hidden; k++) to = put(to, from[1], j, hidden, hidden, k);
     }
   }
-  *to++ = scale * from[1][0];
-  for (long j = 0; j < hidden; j++) *to++ = scale * from[0][j];
+  *to++ = outer_scale(rule) * from[1][0];
+  for (long j = 0; j < hidden; j++) *to++ = outer_scale(rule) * from[0][j];
 }
 
-/* For the way back: four columns of what a layer reads (below, own) at a time; the lowest one's features lead nowhere. */
-static void pack_back(long hidden, long layers, long of_gradient, const float *const *from, float *to) {
+/* For the way back: four columns of what a layer reads (below, own) at a time; features lead nowhere. */
+static void pack_back(const Rule *rule, const float *const *from, float *to) {
   static const int torch_gate[4] = {0, 1, 3, 2};
-  for (long layer = 0; layer < layers; layer++, from += 3) {
-    long below = layer ? hidden : of_gradient, first = layer ? 0 : below, last = below + hidden;
-    for (long c = first; c < last; c += 4)
+  long hidden = rule->hidden;
+  for (long layer = 0; layer < rule->layers; layer++, from += 3) {
+    long below = layer ? hidden : of_gradient(rule), last = below + hidden;
+    for (long c = last - outputs(rule, layer); c < last; c += 4)
       for (long row = 0; row < 4 * hidden; row++)
         for (long k = c; k < c + 4; k++) {
           long r = torch_gate[row % 4] * hidden + row / 4;
@@ -257,29 +328,31 @@ static void pack_back(long hidden, long layers, long of_gradient, const float *c
   }
 }
 
-/* Where the readout's weights are in what pack_forward writes. */
-static long readout_at(long hidden, long layers, long of_gradient) {
-  return layers * 4 * hidden * (1 + 2 * hidden) - 4 * hidden * (hidden - of_gradient);
+/* Where the layers' weights and the readout's are in what pack_forward writes. */
+static long layers_at(const Rule *rule) { return rule->kind == MOMENTS ? 3 * rule->hidden : 0; }
+
+static long readout_at(const Rule *rule) {
+  long hidden = rule->hidden;
+  return layers_at(rule) + rule->layers * 4 * hidden * (1 + 2 * hidden) - 4 * hidden * (hidden - of_gradient(rule));
 }
 
-static long forward_size(long hidden, long layers, long of_gradient) {
-  return padded(readout_at(hidden, layers, of_gradient) + 1 + hidden, 16);
-}
+static long forward_size(const Rule *rule) { return padded(readout_at(rule) + 1 + rule->hidden, 16); }
 
 /* Numbers of the weights that lead back from a layer's sums. */
-static long back_size(long hidden, long layer) { return padded(layer ? 2 * hidden : hidden, 4) * 4 * hidden; }
+static long back_size(const Rule *rule, long layer) { return padded(outputs(rule, layer), 4) * 4 * rule->hidden; }
 
 /* Numbers that lstm_pack writes, with the weights for the way back or without. */
-long lstm_packed_size(long hidden, long layers, float p, int back) {
-  long size = forward_size(hidden, layers, features(p));
-  for (long layer = 0; back && layer < layers; layer++) size += back_size(hidden, layer);
+long lstm_packed_size(const Rule *rule, int back) {
+  long size = forward_size(rule);
+  for (long layer = 0; back && layer < rule->layers; layer++) size += back_size(rule, layer);
   return size;
 }
 
-/* from: weight_ih, weight_hh and bias of each layer, lowest first, the readout's weight and bias. */
-void lstm_pack(long hidden, long layers, float p, int back, const float *const *from, float scale, float *to) {
-  pack_forward(hidden, layers, features(p), from, scale, to);
-  if (back) pack_back(hidden, layers, features(p), from, to + forward_size(hidden, layers, features(p)));
+/* from: weight_ih, weight_hh and bias of each layer, lowest first, the readout's weight and bias, and the input layer's
+ * where there is one. */
+void lstm_pack(const Rule *rule, int back, const float *const *from, float *to) {
+  pack_forward(rule, from, to);
+  if (back) pack_back(rule, from, to + forward_size(rule));
 }
 
 /* ---- To and from a tile. One that is not full has zeros in the other columns. ---- */
@@ -328,10 +401,11 @@ INLINE void unit(const float *restrict sums, float *restrict cell, float *restri
 
 /* inputs: rows x, h of the lowest layer, h of the next, ...; a layer reads what is below and its own h, which are
  * adjacent, and writes its own h: the next layer's input. */
-static void tile_step(long hidden, long layers, long of_gradient, const float *restrict weights, float *restrict inputs,
-                      float *restrict cells, float *restrict sums, float *restrict update) {
-  for (long layer = 0; layer < layers; layer++) {
-    long below = layer ? hidden : of_gradient;
+static void tile_step(const Rule *rule, const float *restrict weights, float *restrict inputs, float *restrict cells,
+                      float *restrict sums, float *restrict update) {
+  long hidden = rule->hidden;
+  for (long layer = 0; layer < rule->layers; layer++) {
+    long below = layer ? hidden : of_gradient(rule);
     weights = all_sums(hidden, 1, weights, inputs, below + hidden, 0, 0, sums);
     inputs += below * TILE;
     for (long j = 0; j < hidden; j++, cells += TILE)
@@ -340,35 +414,41 @@ static void tile_step(long hidden, long layers, long of_gradient, const float *r
   for (int v = 0; v < WIDE; v++) {
     vec sum = ALL(weights[0]);
     for (long j = 0; j < hidden; j++) sum += weights[1 + j] * ((vec *)(inputs + j * TILE))[v];
+    if (rule->kind == MOMENTS) sum = rule->scale * tanh_of(sum);
     ((vec *)update)[v] = sum;
   }
 }
 
-static long step_size(long hidden, long layers, float p) {
-  return (1 + features(p) + 2 * layers * hidden + 4 * hidden + 1) * TILE;
+static long step_size(const Rule *rule) {
+  long rows = 1 + features(rule) + memories(rule) + of_gradient(rule);
+  return (rows + 2 * rule->layers * rule->hidden + 4 * rule->hidden + 1) * TILE;
 }
 
 /* Numbers of scratch that lstm_step needs with so many threads. */
-long lstm_scratch(long hidden, long layers, float p, long threads) { return threads * step_size(hidden, layers, p); }
+long lstm_scratch(const Rule *rule, long threads) { return threads * step_size(rule); }
 
-/* weights: from lstm_pack. gradient [n]; state rows (h, c) of each layer, `stride` numbers apart, n of each; update [n].
- * e_to_p: e^p. scratch is aligned to 64 bytes. */
-void lstm_step(long n, long stride, long hidden, long layers, float p, float e_to_p, const float *restrict weights,
-               const float *restrict gradient, float *restrict state, float *restrict update, long threads,
-               float *restrict scratch) {
-  long size = step_size(hidden, layers, p), units = layers * hidden, count = (n + TILE - 1) / TILE;
+/* weights: from lstm_pack. gradient [n]; state: rows (h, c) of each layer and the memories, `stride` numbers apart, n of
+ * each; update [n]. scratch is aligned to 64 bytes. */
+void lstm_step(const Rule *rule, long n, long stride, const float *restrict weights, const float *restrict gradient,
+               float *restrict state, float *restrict update, long threads, float *restrict scratch) {
+  long hidden = rule->hidden, size = step_size(rule), units = rule->layers * hidden, count = (n + TILE - 1) / TILE;
 #pragma omp parallel num_threads(threads) if (count > 8)
   {
     unsigned mode = flush_denormals();
-    float *given = scratch + omp_get_thread_num() * size, *inputs = given + TILE, *h = inputs + features(p) * TILE;
+    float *given = scratch + omp_get_thread_num() * size, *x = given + TILE, *memory = x + features(rule) * TILE;
+    float *inputs = rule->kind == MOMENTS ? memory + memories(rule) * TILE : x, *h = inputs + of_gradient(rule) * TILE;
     float *cells = h + units * TILE, *sums = cells + units * TILE, *out = sums + 4 * hidden * TILE;
 #pragma omp for schedule(static)
     for (long tile = 0; tile < count; tile++) {
       long at = tile * TILE, m = n - at < TILE ? n - at : TILE;
+      float *remembered = state + 2 * units * stride + at;
       load_row(given, gradient + at, m);
-      preprocess(given, p, e_to_p, inputs);
+      for (long k = 0; k < memories(rule); k++) load_row(memory + k * TILE, remembered + k * stride, m);
       load(h, cells, state + at, stride, hidden, units, m);
-      tile_step(hidden, layers, features(p), weights, inputs, cells, sums, out);
+      preprocess(rule, given, memory, x);
+      if (rule->kind == MOMENTS) input_layer(hidden, weights, x, inputs);
+      tile_step(rule, weights + layers_at(rule), inputs, cells, sums, out);
+      for (long k = 0; k < memories(rule); k++) copy(remembered + k * stride, memory + k * TILE, m);
       for (long k = 0; k < units; k++) {
         float *row = state + (k + k / hidden * hidden) * stride + at;
         copy(row, h + k * TILE, m);
@@ -395,7 +475,7 @@ INLINE void kept_unit(const float *restrict sums, float *restrict cell, float *r
     const vec *s = (const vec *)(sums + v);
     vec i = sigmoid(s[0]), f = sigmoid(s[WIDE]), o = sigmoid(s[2 * WIDE]), g = 2.0f * sigmoid(s[3 * WIDE]) - 1.0f;
     vec before = *(vec *)(cell + v), c = f * before + i * g;
-    vec tau = 2.0f * sigmoid(c * (-2.0f * LOG2_E)) - 1.0f;
+    vec tau = tanh_of(c);
     *(vec *)(kept->i + v) = i;
     *(vec *)(kept->f + v) = f;
     *(vec *)(kept->o + v) = o;
@@ -464,52 +544,63 @@ static void turn(const float *restrict in, long below, const float *restrict own
     }
 }
 
-/* Sizes, and where a thread has what it needs for a tile; numbers of the arrays in brackets. */
+/* Where a thread has what it needs for a tile; numbers of the arrays in brackets. */
 typedef struct {
-  long hidden, layers, of_gradient, steps, units;
+  const Rule *rule;
+  long steps, units;
   float *gradients; /* [steps + 1, TILE] */
-  float *x;         /* [steps, of_gradient, TILE] */
+  float *memory;    /* [memories, TILE] */
+  float *seen;      /* [steps, features, TILE] */
+  float *x;         /* [steps, of_gradient, TILE]: `seen`, or what the input layer makes of it */
   float *states;    /* [steps + 1, units, TILE], h before each step and after the last */
   float *cells;     /* [units, TILE], on the way back their gradients */
   Kept *kept;       /* [steps, units] */
   float *sums;      /* [4 hidden, TILE], on the way back their gradients */
   float *d_hidden;  /* [units, TILE] */
   float *d_inputs;  /* [2 hidden padded to 4, TILE] */
-  float *turned;    /* [TILE, 2 hidden + of_gradient + 1 padded] */
-  float *totals;    /* a layer: [4 hidden, columns(layer)]; the readout: [hidden + 1, TILE] */
+  float *turned;    /* [TILE, fan_in padded] */
+  float *totals;    /* a layer: [4 hidden, columns(layer)]; the readout: [hidden + 1, TILE]; the input layer: [hidden, 3, TILE] */
   float *end;
 } Tile;
 
-static long below(const Tile *t, long layer) { return layer ? t->hidden : t->of_gradient; }
-static long fan_in(const Tile *t, long layer) { return below(t, layer) + t->hidden + 1; }
-static long columns(const Tile *t, long layer) { return padded(fan_in(t, layer), LANES); }
+static long below(const Rule *rule, long layer) { return layer ? rule->hidden : of_gradient(rule); }
+static long fan_in(const Rule *rule, long layer) { return below(rule, layer) + rule->hidden + 1; }
+static long columns(const Rule *rule, long layer) { return padded(fan_in(rule, layer), LANES); }
 
-static Tile lay_out(long hidden, long layers, float p, long steps, float *at) {
-  Tile t = {hidden, layers, features(p), steps, layers * hidden};
+static Tile lay_out(const Rule *rule, long steps, float *at) {
+  long hidden = rule->hidden, input = rule->kind == MOMENTS;
+  Tile t = {rule, steps, rule->layers * hidden};
   t.gradients = at;
-  t.x = t.gradients + (steps + 1) * TILE;
-  t.states = t.x + steps * t.of_gradient * TILE;
+  t.memory = t.gradients + (steps + 1) * TILE;
+  t.seen = t.memory + memories(rule) * TILE;
+  t.x = input ? t.seen + steps * features(rule) * TILE : t.seen;
+  t.states = t.x + steps * of_gradient(rule) * TILE;
   t.cells = t.states + (steps + 1) * t.units * TILE;
   t.kept = (Kept *)(t.cells + t.units * TILE);
   t.sums = (float *)(t.kept + steps * t.units);
   t.d_hidden = t.sums + 4 * hidden * TILE;
   t.d_inputs = t.d_hidden + t.units * TILE;
   t.turned = t.d_inputs + padded(2 * hidden, 4) * TILE;
-  t.totals = t.turned + padded(2 * hidden + t.of_gradient + 1, LANES) * TILE;
-  t.end = t.totals + (hidden + 1) * TILE;
-  for (long layer = 0; layer < layers; layer++) t.end += 4 * hidden * columns(&t, layer);
+  t.totals = t.turned + padded(2 * hidden + features(rule) + 1, LANES) * TILE;
+  t.end = t.totals + (hidden + 1 + input * 3 * hidden) * TILE;
+  for (long layer = 0; layer < rule->layers; layer++) t.end += 4 * hidden * columns(rule, layer);
   return t;
 }
 
 static void tile_forward(const Tile *t, const float *weights) {
+  const Rule *rule = t->rule;
+  long hidden = rule->hidden;
   for (long step = 0; step < t->steps; step++) {
-    const float *w = weights, *in = t->x + step * t->of_gradient * TILE;
-    for (long layer = 0; layer < t->layers; layer++) {
-      const float *own = t->states + (step * t->units + layer * t->hidden) * TILE;
+    const float *w = weights + layers_at(rule);
+    float *in = t->x + step * of_gradient(rule) * TILE, *seen = t->seen + step * features(rule) * TILE;
+    preprocess(rule, t->gradients + step * TILE, t->memory, seen);
+    if (rule->kind == MOMENTS) input_layer(hidden, weights, seen, in);
+    for (long layer = 0; layer < rule->layers; layer++) {
+      const float *own = t->states + (step * t->units + layer * hidden) * TILE;
       float *next = (float *)own + t->units * TILE;
-      w = all_sums(t->hidden, 1, w, in, below(t, layer), own, t->hidden, t->sums);
-      for (long j = 0; j < t->hidden; j++) {
-        long unit = layer * t->hidden + j;
+      w = all_sums(hidden, 1, w, in, below(rule, layer), own, hidden, t->sums);
+      for (long j = 0; j < hidden; j++) {
+        long unit = layer * hidden + j;
         kept_unit(t->sums + 4 * j * TILE, t->cells + unit * TILE, next + j * TILE, t->kept + step * t->units + unit);
       }
       in = next;
@@ -519,105 +610,136 @@ static void tile_forward(const Tile *t, const float *weights) {
 
 /* The readout: its own gradients, and what it adds to the highest layer's d_hidden. */
 static void readout_backward(const Tile *t, long step, const float *readout, const float *cotangent, float *total) {
-  const float *top = t->states + ((step + 2) * t->units - t->hidden) * TILE;
-  float *d = t->d_hidden + (t->units - t->hidden) * TILE;
+  long hidden = t->rule->hidden;
+  const float *top = t->states + ((step + 2) * t->units - hidden) * TILE;
+  float *d = t->d_hidden + (t->units - hidden) * TILE;
   for (int v = 0; v < TILE; v += LANES) {
     vec c = *(vec *)(cotangent + v);
-    for (long j = 0; j < t->hidden; j++) {
+    if (t->rule->kind == MOMENTS) {
+      vec sum = ALL(readout[0]);
+      for (long j = 0; j < hidden; j++) sum += readout[1 + j] * *(vec *)(top + j * TILE + v);
+      sum = tanh_of(sum);
+      c *= t->rule->scale * (1.0f - sum * sum);
+    }
+    for (long j = 0; j < hidden; j++) {
       *(vec *)(total + j * TILE + v) += c * *(vec *)(top + j * TILE + v);
       *(vec *)(d + j * TILE + v) += readout[1 + j] * c;
     }
-    *(vec *)(total + t->hidden * TILE + v) += c;
+    *(vec *)(total + hidden * TILE + v) += c;
   }
 }
 
+/* The input layer: the gradients of its weights, from those of what it made of the features. */
+static void input_backward(const Tile *t, long step, const float *d, float *total) {
+  const float *x = t->seen + step * 2 * TILE, *made = t->x + step * t->rule->hidden * TILE;
+  for (long j = 0; j < t->rule->hidden; j++, d += TILE, made += TILE, total += 3 * TILE)
+    for (int v = 0; v < TILE; v += LANES) {
+      vec d_sum = *(vec *)(d + v) * (at_most(*(vec *)(made + v), 0.0f) + 1.0f);
+      *(vec *)(total + v) += d_sum;
+      *(vec *)(total + TILE + v) += d_sum * *(vec *)(x + v);
+      *(vec *)(total + 2 * TILE + v) += d_sum * *(vec *)(x + TILE + v);
+    }
+}
+
 static void layer_backward(const Tile *t, long step, long layer, const float *weights, float *total) {
-  long hidden = t->hidden, first = layer * hidden, width = columns(t, layer);
+  const Rule *rule = t->rule;
+  long hidden = rule->hidden, first = layer * hidden, width = columns(rule, layer), led = outputs(rule, layer);
   float *d = t->d_hidden + first * TILE;
   for (long j = 0; j < hidden; j++)
     unit_backward(t->kept + step * t->units + first + j, d + j * TILE, t->cells + (first + j) * TILE, t->sums + 4 * j * TILE);
 
   const float *own = t->states + (step * t->units + first) * TILE;
-  const float *in = layer ? own + (t->units - hidden) * TILE : t->x + step * t->of_gradient * TILE;
-  turn(in, below(t, layer), own, hidden, width, t->turned);
+  const float *in = layer ? own + (t->units - hidden) * TILE : t->x + step * of_gradient(rule) * TILE;
+  turn(in, below(rule, layer), own, hidden, width, t->turned);
   add_product(hidden, width, t->sums, t->turned, total);
 
-  long outputs = layer ? 2 * hidden : hidden;
-  all_sums((outputs + 3) / 4, 0, weights, t->sums, 4 * hidden, 0, 0, t->d_inputs);
+  all_sums((led + 3) / 4, 0, weights, t->sums, 4 * hidden, 0, 0, t->d_inputs);
   if (layer)
     for (long k = 0; k < hidden * TILE; k++) d[k - hidden * TILE] += t->d_inputs[k];
-  memcpy(d, t->d_inputs + (outputs - hidden) * TILE, hidden * TILE * sizeof(float));
+  memcpy(d, t->d_inputs + (led - hidden) * TILE, hidden * TILE * sizeof(float));
 }
 
-/* From the last inner step to the first; the cotangent of an update is the sum of all that comes after it. */
-static void tile_backward(const Tile *t, const float *readout, const float *back, const float *of_losses) {
-  float *of_readout = t->end - (t->hidden + 1) * TILE, cotangent[TILE] __attribute__((aligned(64))) = {0};
+/* From the last inner step to the first; the cotangent of an update is the sum of all that comes after it, and what there
+ * is `beside`. */
+static void tile_backward(const Tile *t, const float *readout, const float *back, const float *of_losses,
+                          const float *beside, long n, long m) {
+  const Rule *rule = t->rule;
+  long hidden = rule->hidden, input = rule->kind == MOMENTS ? 3 * hidden : 0;
+  float *of_input = t->end - input * TILE, *of_readout = of_input - (hidden + 1) * TILE;
+  float cotangent[TILE] __attribute__((aligned(64))) = {0}, whole[TILE] __attribute__((aligned(64)));
   memset(t->cells, 0, t->units * TILE * sizeof(float));
   memset(t->d_hidden, 0, t->units * TILE * sizeof(float));
   memset(t->totals, 0, (t->end - t->totals) * sizeof(float));
   for (long step = t->steps - 1; step >= 0; step--) {
     for (int v = 0; v < TILE; v += LANES)
       *(vec *)(cotangent + v) += of_losses[step] * *(vec *)(t->gradients + (step + 1) * TILE + v);
-    readout_backward(t, step, readout, cotangent, of_readout);
+    if (beside) {
+      load_row(whole, beside + step * n, m);
+      for (int v = 0; v < TILE; v += LANES) *(vec *)(whole + v) += *(vec *)(cotangent + v);
+    }
+    readout_backward(t, step, readout, beside ? whole : cotangent, of_readout);
     float *total = of_readout;
     const float *weights = back;
-    for (long layer = 0; layer < t->layers; layer++) weights += back_size(t->hidden, layer);
-    for (long layer = t->layers - 1; layer >= 0; layer--) {
-      total -= 4 * t->hidden * columns(t, layer);
-      weights -= back_size(t->hidden, layer);
+    for (long layer = 0; layer < rule->layers; layer++) weights += back_size(rule, layer);
+    for (long layer = rule->layers - 1; layer >= 0; layer--) {
+      total -= 4 * hidden * columns(rule, layer);
+      weights -= back_size(rule, layer);
       layer_backward(t, step, layer, weights, total);
     }
+    if (input) input_backward(t, step, t->d_inputs, of_input);
   }
 }
 
 /* A tile's gradients to those of all, without the padding. */
-static void add_totals(const Tile *t, float scale, double *restrict to) {
+static void add_totals(const Tile *t, double *restrict to) {
+  const Rule *rule = t->rule;
   const float *total = t->totals;
-  for (long layer = 0; layer < t->layers; layer++)
-    for (long row = 0; row < 4 * t->hidden; row++, total += columns(t, layer))
-      for (long k = 0; k < fan_in(t, layer); k++) *to++ += total[k];
-  for (long j = 0; j <= t->hidden; j++, to++, total += TILE)
-    for (int k = 0; k < TILE; k++) *to += scale * total[k];
+  for (long layer = 0; layer < rule->layers; layer++)
+    for (long row = 0; row < 4 * rule->hidden; row++, total += columns(rule, layer))
+      for (long k = 0; k < fan_in(rule, layer); k++) *to++ += total[k];
+  for (long j = 0; j <= rule->hidden; j++, to++, total += TILE)
+    for (int k = 0; k < TILE; k++) *to += outer_scale(rule) * total[k];
+  for (; total < t->end; to++, total += TILE)
+    for (int k = 0; k < TILE; k++) *to += total[k];
 }
 
-/* Numbers of gradients: a layer's [4 hidden, fan_in] (below, own, bias), the readout's [hidden + 1] (weight, bias). */
-long lstm_gradient_size(long hidden, long layers, float p) {
-  Tile t = {hidden, layers, features(p)};
-  long size = hidden + 1;
-  for (long layer = 0; layer < layers; layer++) size += 4 * hidden * fan_in(&t, layer);
+/* Numbers of gradients: a layer's [4 hidden, fan_in] (below, own, bias), the readout's [hidden + 1] (weight, bias), the
+ * input layer's [hidden, 3] (bias, weight). */
+long lstm_gradient_size(const Rule *rule) {
+  long size = rule->hidden + 1 + layers_at(rule);
+  for (long layer = 0; layer < rule->layers; layer++) size += 4 * rule->hidden * fan_in(rule, layer);
   return size;
 }
 
 /* Numbers of scratch that lstm_gradients needs with so many threads. */
-long lstm_gradient_scratch(long hidden, long layers, float p, long steps, long threads) {
-  Tile t = lay_out(hidden, layers, p, steps, 0);
+long lstm_gradient_scratch(const Rule *rule, long steps, long threads) {
+  Tile t = lay_out(rule, steps, 0);
   return threads * (t.end - t.gradients);
 }
 
-/* gradients [steps + 1, n], of_losses [steps]: the weight of the loss after each step. state: before the first one.
- * to [threads, lstm_gradient_size] is added to; all else as in lstm_step, the weights packed for the way back too. */
-void lstm_gradients(long n, long stride, long hidden, long layers, float p, float e_to_p, long steps, float scale,
-                    const float *restrict weights, const float *restrict gradients, const float *restrict of_losses,
+/* gradients [steps + 1, n], of_losses [steps]: the weight of the loss after each step. beside [steps, n]: what is added to
+ * the cotangent of each update, or null. state: before the first step. to [threads, lstm_gradient_size] is added to; all
+ * else as in lstm_step, the weights packed for the way back too. */
+void lstm_gradients(const Rule *rule, long n, long stride, long steps, const float *restrict weights,
+                    const float *restrict gradients, const float *restrict of_losses, const float *restrict beside,
                     const float *restrict state, double *restrict to, long threads, float *restrict scratch) {
-  const float *readout = weights + readout_at(hidden, layers, features(p));
-  const float *back = weights + forward_size(hidden, layers, features(p));
-  long count = (n + TILE - 1) / TILE, size = lstm_gradient_scratch(hidden, layers, p, steps, 1);
+  const float *readout = weights + readout_at(rule), *back = weights + forward_size(rule);
+  long count = (n + TILE - 1) / TILE, size = lstm_gradient_scratch(rule, steps, 1);
 #pragma omp parallel num_threads(threads) if (count > 1)
   {
     unsigned mode = flush_denormals();
-    Tile t = lay_out(hidden, layers, p, steps, scratch + omp_get_thread_num() * size);
-    double *found = to + omp_get_thread_num() * lstm_gradient_size(hidden, layers, p);
+    Tile t = lay_out(rule, steps, scratch + omp_get_thread_num() * size);
+    double *found = to + omp_get_thread_num() * lstm_gradient_size(rule);
 #pragma omp for schedule(static)
     for (long tile = 0; tile < count; tile++) {
       long at = tile * TILE, m = n - at < TILE ? n - at : TILE;
-      load(t.states, t.cells, state + at, stride, hidden, t.units, m);
-      for (long step = 0; step <= steps; step++) {
-        load_row(t.gradients + step * TILE, gradients + step * n + at, m);
-        if (step < steps) preprocess(t.gradients + step * TILE, p, e_to_p, t.x + step * t.of_gradient * TILE);
-      }
+      load(t.states, t.cells, state + at, stride, rule->hidden, t.units, m);
+      for (long k = 0; k < memories(rule); k++)
+        load_row(t.memory + k * TILE, state + (2 * t.units + k) * stride + at, m);
+      for (long step = 0; step <= steps; step++) load_row(t.gradients + step * TILE, gradients + step * n + at, m);
       tile_forward(&t, weights);
-      tile_backward(&t, readout, back, of_losses);
-      add_totals(&t, scale, found);
+      tile_backward(&t, readout, back, of_losses, beside ? beside + at : 0, n, m);
+      add_totals(&t, found);
     }
     restore(mode);
   }

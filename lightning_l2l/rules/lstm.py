@@ -8,15 +8,49 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from lightning_l2l.arguments import brief, check_at_least, check_choice, check_fits_memory, is_number
 from lightning_l2l.rules.base import Memory, RuleUnroll, UpdateRule, block_size, blocks, cotangents
-from lightning_l2l.rules.fused import FusedLSTM, fused_for
+from lightning_l2l.rules.fused import FusedLSTM, FusedRule, FusedUnroll, check_count, fused_for
 from lightning_l2l.rules.lstm_kernel import Block, LSTMShape, Scratch, pack, step_in_place, unpack_gradients
 from lightning_l2l.rules.preprocessing import PREPROCESSING
 
-_MOST_LAYERS = 1000
+#: Of a rule.
+MOST_LAYERS = 1000
+
+
+def register_layers(rule: nn.Module, input_size: int, hidden_size: int, num_layers: int) -> None:
+    """Give a rule the weights of a stack of LSTM layers, named as `torch.nn.LSTM` names them, with one bias a layer."""
+    for layer in range(num_layers):
+        fan_in = hidden_size if layer else input_size
+        rule.register_parameter(f"weight_ih_l{layer}", nn.Parameter(torch.empty(4 * hidden_size, fan_in)))
+        rule.register_parameter(f"weight_hh_l{layer}", nn.Parameter(torch.empty(4 * hidden_size, hidden_size)))
+        rule.register_parameter(f"bias_l{layer}", nn.Parameter(torch.empty(4 * hidden_size)))
+
+
+def draw_uniform(rule: nn.Module, hidden_size: int) -> None:
+    """Draw all parameters within 1 / sqrt(hidden_size), as `torch.nn.LSTM` does."""
+    bound = 1 / math.sqrt(hidden_size)
+    for parameter in rule.parameters():
+        nn.init.uniform_(parameter, -bound, bound)
+
+
+def layers_of(rule: nn.Module, num_layers: int) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """(weight_ih, weight_hh, bias) of each layer, lowest first; gates in torch's order (i, f, g, o)."""
+    names = ("weight_ih", "weight_hh", "bias")
+    return [tuple(getattr(rule, f"{name}_l{layer}") for name in names) for layer in range(num_layers)]
+
+
+def run_layers(layers: Sequence[tuple[Tensor, Tensor, Tensor]], x: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+    """One step of the layers: inputs `[features, n]`, rows (h, c) a layer -> the highest h `[hidden, n]`, next rows."""
+    after = []
+    parts = torch.unflatten(state, 0, (len(layers), 2, -1))
+    for (weight_ih, weight_hh, bias), (h, c) in zip(layers, parts, strict=True):
+        i, f, g, o = (weight_ih @ x + weight_hh @ h + bias[:, None]).chunk(4)
+        c = torch.sigmoid(f) * c + torch.sigmoid(i) * torch.tanh(g)
+        x = torch.sigmoid(o) * torch.tanh(c)
+        after += [x, c]
+    return x, torch.cat(after)
 
 
 class CoordinatewiseLSTM(UpdateRule):
@@ -60,7 +94,7 @@ class CoordinatewiseLSTM(UpdateRule):
     ) -> None:
         super().__init__()
         check_at_least(1, hidden_size=hidden_size)
-        check_at_least(1, _MOST_LAYERS, num_layers=num_layers)
+        check_at_least(1, MOST_LAYERS, num_layers=num_layers)
         check_fits_memory(32 * num_layers * hidden_size**2, hidden_size=hidden_size, num_layers=num_layers)
         check_choice(PREPROCESSING, preprocessing=preprocessing)
         if not is_number(p) or not 0 < p <= 87:
@@ -80,27 +114,20 @@ class CoordinatewiseLSTM(UpdateRule):
         self.output_scale = output_scale
         self.forget_bias = forget_bias
         self._preprocess, self._input_size = PREPROCESSING[preprocessing]
-        for layer in range(num_layers):
-            fan_in = hidden_size if layer else self._input_size
-            self.register_parameter(f"weight_ih_l{layer}", nn.Parameter(torch.empty(4 * hidden_size, fan_in)))
-            self.register_parameter(f"weight_hh_l{layer}", nn.Parameter(torch.empty(4 * hidden_size, hidden_size)))
-            self.register_parameter(f"bias_l{layer}", nn.Parameter(torch.empty(4 * hidden_size)))
+        register_layers(self, self._input_size, hidden_size, num_layers)
         self.readout = nn.Linear(hidden_size, 1)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
         """Draw the meta-parameters anew: uniform within 1 / sqrt(hidden_size), as `torch.nn.LSTM` does."""
-        bound = 1 / math.sqrt(self.hidden_size)
-        for parameter in self.parameters():
-            nn.init.uniform_(parameter, -bound, bound)
+        draw_uniform(self, self.hidden_size)
         with torch.no_grad():
             for _, _, bias in self.layers():
                 bias[self.hidden_size : 2 * self.hidden_size] = self.forget_bias
 
     def layers(self) -> list[tuple[Tensor, Tensor, Tensor]]:
         """(weight_ih, weight_hh, bias) of each layer, lowest first; gates in torch's order (i, f, g, o)."""
-        names = ("weight_ih", "weight_hh", "bias")
-        return [tuple(getattr(self, f"{name}_l{layer}") for name in names) for layer in range(self.num_layers)]
+        return layers_of(self, self.num_layers)
 
     @property
     def state_size(self) -> int:
@@ -118,23 +145,16 @@ class CoordinatewiseLSTM(UpdateRule):
 
     def forward(self, gradient: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
         """See `UpdateRule.forward`."""
-        x = self.preprocess(gradient)
-        parts = torch.unflatten(state, 0, (self.num_layers, 2, self.hidden_size))
-        after = []
-        for (weight_ih, weight_hh, bias), (h, c) in zip(self.layers(), parts, strict=True):
-            i, f, g, o = (weight_ih @ x + weight_hh @ h + bias[:, None]).chunk(4)
-            c = torch.sigmoid(f) * c + torch.sigmoid(i) * torch.tanh(g)
-            x = torch.sigmoid(o) * torch.tanh(c)
-            after += [x, c]
-        update = functional.linear(x.t(), self.readout.weight, self.readout.bias)[:, 0]
-        return self.output_scale * update, torch.cat(after)
+        h, after = run_layers(self.layers(), self.preprocess(gradient), state)
+        return self.output_scale * self.readout(h.t())[:, 0], after
 
     def fused(self, library: Any, *, back: bool = False) -> FusedLSTM:
         """The compiled kernel with this rule's weights as they are now; `back` for the backward pass too."""
         weights = [weight for layer in self.layers() for weight in layer]
         weights += [self.readout.weight, self.readout.bias]
-        p = self.p if self.preprocessing == "log_and_sign" else 0.0
-        return FusedLSTM(library, (self.hidden_size, self.num_layers), p, weights, self.output_scale, back=back)
+        numbers = {"p": self.p} if self.preprocessing == "log_and_sign" else {}
+        rule = FusedRule.of(self.preprocessing, self.hidden_size, self.num_layers, self.output_scale, **numbers)
+        return FusedLSTM(library, rule, weights, back=back)
 
     @torch.no_grad()
     def step_(self, gradient: Tensor, state: Tensor) -> Tensor:
@@ -164,37 +184,11 @@ class CoordinatewiseLSTM(UpdateRule):
         """
         library = fused_for(self.readout.weight)
         if library:
-            return _FusedUnroll(self, library, num_coordinates, num_steps)
+            return FusedUnroll(lambda: self.fused(library, back=True), self.init_state(num_coordinates), num_steps)
         if memory == "auto":
             kept = num_coordinates * self.shape.floats_kept(num_steps) * self.readout.weight.element_size()
             memory = "fast" if kept <= budget else "flat"
         return _LSTMUnroll(self, num_coordinates, num_steps, flat=memory == "flat", block=block)
-
-
-class _FusedUnroll(RuleUnroll):
-    """The compiled kernel: nothing is kept of an inner step; the backward pass has the buffers of one tile a thread."""
-
-    def __init__(self, rule: CoordinatewiseLSTM, library: Any, num_coordinates: int, num_steps: int) -> None:
-        self.rule, self.library, self.num_steps = rule, library, num_steps
-        self.first = rule.init_state(num_coordinates)
-
-    def begin(self, state: Tensor) -> None:
-        self.fused = self.rule.fused(self.library, back=True)
-        self.first.copy_(state)
-        self.count = 0
-
-    def step(self, gradient: Tensor, state: Tensor) -> Tensor:
-        self.count += 1
-        return self.fused.step_(gradient, state)
-
-    def gradients(self, gradients: Tensor, weights: Sequence[float]) -> list[Tensor]:
-        _check_count(self.count, self.num_steps)
-        return self.fused.gradients(gradients, weights, self.first)
-
-
-def _check_count(count: int, num_steps: int) -> None:
-    if count != num_steps:
-        raise RuntimeError(f"{count} of {num_steps} inner steps were made; make all before gradients()")
 
 
 class _LSTMUnroll(RuleUnroll):
@@ -255,8 +249,8 @@ class _LSTMUnroll(RuleUnroll):
         return self.update[0]
 
     @torch.no_grad()
-    def gradients(self, gradients: Tensor, weights: Sequence[float]) -> list[Tensor]:
-        _check_count(self.count, self.num_steps)
+    def gradients(self, gradients: Tensor, weights: Sequence[float], beside: Tensor | None = None) -> list[Tensor]:
+        check_count(self.count, self.num_steps)
         total = self.shape.zero_gradients(self.like)
         for index, part in enumerate(self.parts):
             if self.flat:
@@ -266,6 +260,7 @@ class _LSTMUnroll(RuleUnroll):
                     block.forward(step, self.rule.preprocess(gradients[step, part]), self.weights, None)
             else:
                 block = self.kept[index]
-            block.backward(cotangents(gradients[:, part], weights), self.weights, total)
+            of_updates = cotangents(gradients[:, part], weights, None if beside is None else beside[:, part])
+            block.backward(of_updates, self.weights, total)
         layers, readout = unpack_gradients(self.shape, total, self.rule.output_scale)
         return [*(gradient for layer in layers for gradient in layer), *readout]

@@ -1,5 +1,7 @@
 """The interface of a task, reproducible starting points, and the check of a task's losses."""
 
+from __future__ import annotations
+
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 
@@ -42,6 +44,17 @@ class Task(ABC):
         """
         return {}
 
+    def of_episode(self, batch: Mapping[str, Tensor]) -> Task:
+        """The task as it is for the length of an episode: what it draws for that is drawn once.
+
+        Args:
+            batch: The episode's data, tensors ``[num_tasks, ...]``, and ``seed`` ``[num_tasks]``.
+
+        Returns:
+            A task; by default this one, which draws nothing.
+        """
+        return self
+
     @abstractmethod
     def loss(self, params: Mapping[str, Tensor], batch: Mapping[str, Tensor], step: int) -> Tensor:
         """Evaluate every task's loss at one inner step.
@@ -68,6 +81,21 @@ class Task(ABC):
             Figures ``[num_tasks]`` by name, such as ``"accuracy"``, without gradients; none by default.
         """
         return {}
+
+
+class GeneratedTask(Task):
+    """A task whose data is drawn from a distribution, not read from files; `GeneratedDataModule` draws it."""
+
+    @abstractmethod
+    def sample(self, generator: torch.Generator) -> dict[str, Tensor]:
+        """Draw what makes one function of the family.
+
+        Args:
+            generator: A CPU generator, the only source of randomness; the global RNG is left as it was.
+
+        Returns:
+            Tensors on the CPU by name, without a dimension for the tasks.
+        """
 
 
 def mix_seed(seed: int, stream: int) -> int:

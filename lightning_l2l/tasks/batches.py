@@ -51,13 +51,44 @@ def get_entries(batch: Any, *names: str) -> list[Tensor]:
     return [batch[name] for name in names]
 
 
-def check_minibatches(batch: Any, num_tasks: int, step: int) -> list[Tensor]:
+def get_fitting(batch: Any, taker: object, like: Tensor, **shapes: tuple[int, ...]) -> list[Tensor]:
+    """Entries of a batch that have the shapes which a task takes.
+
+    Args:
+        batch: The episode's data.
+        taker: The task, for the message.
+        like: Parameters ``[num_tasks, ...]``, with whose dtype and device the entries go.
+        **shapes: Of one task's part of each entry.
+
+    Returns:
+        The tensors ``[num_tasks, *shape]``, in this order.
+
+    Raises:
+        ValueError: If one is missing, or has another shape, dtype or device.
+    """
+    entries = get_entries(batch, *shapes)
+    for (name, shape), entry in zip(shapes.items(), entries, strict=True):
+        wanted = [len(like), *shape]
+        if list(entry.shape) != wanted:
+            raise ValueError(
+                f"{name!r} of the batch is {form(entry)} and {type(taker).__name__} takes {wanted}; give the task and "
+                "the data the same sizes"
+            )
+        if entry.dtype != like.dtype or entry.device != like.device:
+            raise ValueError(
+                f"{name!r} of the batch is {form(entry)} on {entry.device} and the parameters are {form(like)} on "
+                f"{like.device}; give the data the dtype and device of the parameters"
+            )
+    return entries
+
+
+def check_minibatches(batch: Any, num_tasks: int, step: int, of_targets: str = "targets") -> list[Tensor]:
     """Inputs and targets of a batch that has minibatch ``step`` of every task.
 
     Raises:
         ValueError: If it has not.
     """
-    inputs, targets = get_entries(batch, "inputs", "targets")
+    inputs, targets = get_entries(batch, "inputs", of_targets)
     if inputs.dim() < 3 or targets.dim() < 3 or not len(inputs) == len(targets) == num_tasks:
         raise ValueError(
             f"inputs are {form(inputs)} and targets {form(targets)}; give [num_tasks, num_steps + 1, n, ...] and "

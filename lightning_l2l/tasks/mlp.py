@@ -1,4 +1,4 @@
-"""Multilayer perceptrons."""
+"""Multilayer perceptrons and the autoencoder made of one."""
 
 from itertools import pairwise
 
@@ -72,3 +72,44 @@ class MLP(nn.Module):
         """Map inputs ``[n, ...]`` to outputs ``[n, out_features]``."""
         outputs: Tensor = self.layers(inputs)
         return outputs
+
+
+class Autoencoder(nn.Module):
+    """Fully connected network that gives its input back through fewer units: by default 784-32-784, for MNIST.
+
+    For a `NetworkTask` with ``reconstruct=True``, whose targets are the inputs, and
+    ``loss_fn=torch.nn.functional.mse_loss``. The outputs are linear in the hidden units.
+
+    Args:
+        in_features: Size of an input after flattening, at least 1.
+        hidden_size: Units of the hidden layer, at least 1.
+        activation: Name of the hidden layer's activation, a key of ``ACTIVATIONS``.
+
+    Raises:
+        ValueError: If a size is out of range or needs more memory than there is, or the activation is unknown.
+
+    Example:
+        >>> import torch
+        >>> Autoencoder()(torch.zeros(5, 28, 28)).shape
+        torch.Size([5, 28, 28])
+
+    References:
+        Hinton, Salakhutdinov, *Reducing the dimensionality of data with neural networks*, 2006,
+        https://doi.org/10.1126/science.1127647; as a task of learned optimizers: Metz et al., *Using a thousand
+        optimization tasks to learn hyperparameter search strategies*, 2020, https://arxiv.org/abs/2002.11887
+    """
+
+    def __init__(self, in_features: int = 784, hidden_size: int = 32, activation: str = "sigmoid") -> None:
+        super().__init__()
+        check_at_least(1, in_features=in_features, hidden_size=hidden_size)
+        check_choice(ACTIVATIONS, activation=activation)
+        num_bytes = 4 * (2 * in_features * hidden_size + in_features + hidden_size)
+        check_fits_memory(num_bytes, in_features=in_features, hidden_size=hidden_size)
+        self.in_features, self.hidden_size, self.activation = in_features, hidden_size, activation
+        self.encoder = nn.Sequential(nn.Flatten(), nn.Linear(in_features, hidden_size), ACTIVATIONS[activation]())
+        self.decoder = nn.Linear(hidden_size, in_features)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """Map inputs ``[n, ...]`` to outputs of the same shape."""
+        outputs: Tensor = self.decoder(self.encoder(inputs))
+        return outputs.view(inputs.shape)

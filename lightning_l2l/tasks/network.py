@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.dropout import _DropoutNd
 from torch.nn.parameter import is_lazy
 
@@ -24,7 +25,8 @@ class NetworkTask(Task):
     """Minimise a network's minibatch loss: f_k(theta_k) at step t is the loss on minibatch t of task k.
 
     The copies of the network, one per task, are evaluated side by side by ``torch.func.vmap`` (one after the
-    other if it has a layer that does not allow that, such as a recurrent one). The module is used as it is
+    other if it has a layer that does not allow that, such as a recurrent one, or, on a CPU, a convolution, with which
+    that is faster). The module is used as it is
     and never changed. It runs in training mode: batch norm normalises with the minibatch, and each copy has
     running statistics of its own, among the buffers. Tied parameters stay tied. Parameters that do not
     require a gradient are not trained: they keep the module's values, as buffers.
@@ -39,10 +41,13 @@ class NetworkTask(Task):
             Say ``True`` for a module that calls a random function itself. The noise is a function of the
             first task's seed and of the step: repeatable, different for each copy, and dependent on which
             tasks share a batch.
+        reconstruct: Whether the target of an input is the input itself, whatever targets the batch has; for an
+            `Autoencoder`.
 
     Raises:
-        ValueError: If ``init_scale`` is not positive, or if the module has nothing to train, has
-            uninitialised (lazy) parameters, or has parameters that no method of it initialises anew.
+        ValueError: If ``init_scale`` is not positive, ``reconstruct`` goes with cross entropy, or if the module has
+            nothing to train, has uninitialised (lazy) parameters, or has parameters that no method of it initialises
+            anew.
         TypeError: If an argument is of another type.
 
     Example:
@@ -61,17 +66,26 @@ class NetworkTask(Task):
         loss_fn: nn.Module | Callable[[Tensor, Tensor], Tensor] = nn.functional.cross_entropy,
         init_scale: float | None = None,
         stochastic: bool | None = None,
+        reconstruct: bool = False,
     ) -> None:
         check_callable("an nn.Module, or a function that builds one", module=module)
         check_callable("a function of (output, target), such as torch.nn.functional.cross_entropy", loss_fn=loss_fn)
         if stochastic is not None:
             check_flag(stochastic=stochastic)
+        check_flag(reconstruct=reconstruct)
+        if reconstruct and loss_fn is nn.functional.cross_entropy:
+            raise ValueError(
+                "reconstruct=True has inputs in place of classes as targets, of which cross_entropy is no loss; give "
+                "loss_fn=torch.nn.functional.mse_loss"
+            )
         if init_scale is not None and not (is_number(init_scale) and init_scale > 0):
             raise ValueError(f"init_scale={brief(init_scale)} must be positive, or None for the module's own start")
         self.module = module
         self.loss_fn = loss_fn
         self.init_scale = init_scale
         self.stochastic = stochastic
+        self.reconstruct = reconstruct
+        self._of_targets = "inputs" if reconstruct else "targets"  # entry of a batch
 
         # A private copy. Its own values do not matter: it runs with the optimizee's tensors in their place.
         with _global_rng(torch.Generator()), torch.device("cpu"):
@@ -91,6 +105,7 @@ class NetworkTask(Task):
         self._slots = _tensor_slots(template, [*self._names, *self._buffers])
         self._random = _has_random_layers(template) if stochastic is None else stochastic
         self._one_by_one = not _takes_vmap(template)
+        self._has_convolutions = any(isinstance(layer, _ConvNd) for layer in template.modules())
 
     def init_params(self, num_tasks: int, generator: torch.Generator) -> dict[str, Tensor]:
         """Draw the parameters ``[num_tasks, ...]``, one copy after the other.
@@ -125,13 +140,14 @@ class NetworkTask(Task):
         try:
             return self._loss(params, batch, step)
         except Exception as error:
-            inputs, targets = check_minibatches(batch, len(params[self._names[0]]), step)
+            inputs, targets = check_minibatches(batch, len(params[self._names[0]]), step, self._of_targets)
             check_fit(error, self._template, inputs, targets)
             raise
 
     def _loss(self, params: Mapping[str, Tensor], batch: Mapping[str, Tensor], step: int) -> Tensor:
-        inputs, targets = batch["inputs"].select(1, step), batch["targets"].select(1, step)
-        num_tasks, labels = len(inputs), targets.dtype == torch.uint8
+        inputs = batch["inputs"].select(1, step)
+        targets = inputs if self.reconstruct else batch["targets"].select(1, step)
+        num_tasks, labels = len(inputs), targets.dtype == torch.uint8 and not self.reconstruct
         if not num_tasks == len(targets) == len(params[self._names[0]]):
             raise ValueError(f"inputs and targets of {num_tasks} and {len(targets)} tasks do not fit the parameters")
         tensors, inputs, targets = self._prepare(params, inputs, targets)
@@ -139,7 +155,8 @@ class NetworkTask(Task):
             if num_tasks == 1:  # vmap would cost as much as a small network itself
                 one = [tensor.squeeze(0) for tensor in tensors]
                 return self._copy_loss(one, inputs.squeeze(0), targets.squeeze(0)).unsqueeze(0)
-            if self._one_by_one:
+            # Side by side, convolutions become grouped ones, which take twice the time on a CPU.
+            if self._one_by_one or (self._has_convolutions and inputs.is_cpu):
                 return torch.stack([self._copy_loss(*copy) for copy in _copies(tensors, inputs, targets)])
             # "error": a random function that nobody told us about is refused, not left unrepeatable.
             randomness = "different" if self._random else "error"
@@ -165,19 +182,20 @@ class NetworkTask(Task):
                 as ``loss`` does ``inputs`` and ``targets``; and ``seed`` as there.
 
         Returns:
-            ``"loss"``, ``[num_tasks]``, and, where targets are integers and outputs are ``[n, classes]``,
-            ``"accuracy"``, ``[num_tasks]``: the share of examples, in [0, 1], whose largest output is that of
-            their class. Nothing where the batch has no unseen examples.
+            ``"loss"``, ``[num_tasks]``, and, where targets ``[n, ...]`` are integers and outputs are
+            ``[n, classes, ...]``, ``"accuracy"``, ``[num_tasks]``: the share of targets, in [0, 1], whose class has
+            the largest output. Nothing where the batch has no unseen examples.
 
         Raises:
             ValueError: If the network is stochastic and the batch has no seed, or network and data do not fit.
         """
-        if "unseen_inputs" not in batch or "unseen_targets" not in batch:
+        of_targets = f"unseen_{self._of_targets}"
+        if "unseen_inputs" not in batch or of_targets not in batch:
             return {}
         kept = {name: params[name].clone() for name in self._buffers if name in params}
-        data = get_entries(batch, "unseen_inputs", "unseen_targets")
+        data = get_entries(batch, "unseen_inputs", of_targets)
         if not len(data[0]) == len(data[1]) == len(params[self._names[0]]):
-            raise ValueError(f"'unseen_inputs' and 'unseen_targets' are of {len(data[0])} and {len(data[1])} tasks")
+            raise ValueError(f"'unseen_inputs' and {of_targets!r} are of {len(data[0])} and {len(data[1])} tasks")
         tensors, inputs, targets = self._prepare({**params, **kept}, *data)
         self._template.eval()
         try:
@@ -185,7 +203,7 @@ class NetworkTask(Task):
                 # One after the other: in this mode some layers have kernels for which vmap has no rule.
                 figures = [self._copy_figures(*copy) for copy in _copies(tensors, inputs, targets)]
         except Exception as error:
-            check_fit(error, self._template, batch["unseen_inputs"], batch["unseen_targets"])
+            check_fit(error, self._template, *data)
             raise
         finally:
             self._template.train()
@@ -200,7 +218,10 @@ class NetworkTask(Task):
             inputs = inputs.to(like.device).to(like.dtype).div_(255)
         inputs = _match(inputs, like)
         labels = targets.dtype == torch.uint8
-        targets = targets.to(like.device, torch.int64) if labels else _match(targets, like)
+        if self.reconstruct:
+            targets = inputs
+        else:
+            targets = targets.to(like.device, torch.int64) if labels else _match(targets, like)
         if not self._buffers.keys() <= params.keys():
             initial = {name: _match(value, like) for name, value in self.init_buffers(len(like)).items()}
             params = {**initial, **params}
@@ -224,7 +245,8 @@ class NetworkTask(Task):
     def _copy_figures(self, tensors: Sequence[Tensor], inputs: Tensor, targets: Tensor) -> dict[str, Tensor]:
         outputs = self._forward(tensors, inputs)
         figures = {"loss": self.loss_fn(outputs, targets)}
-        if targets.dtype in _LABELS and targets.dim() == 1 and outputs.dim() == 2 and outputs.shape[1] > 1:
+        classes = outputs.dim() == targets.dim() + 1 and outputs.shape[1] > 1
+        if targets.dtype in _LABELS and classes and outputs[:, 0].shape == targets.shape:
             figures["accuracy"] = (outputs.argmax(1) == targets).to(outputs.dtype).mean()
         return figures
 

@@ -6,11 +6,11 @@ import torch
 from torch import Tensor
 
 from lightning_l2l.arguments import MOST, check_at_least
-from lightning_l2l.tasks.base import Task
+from lightning_l2l.tasks.base import GeneratedTask
 from lightning_l2l.tasks.batches import form, get_entries
 
 
-class Quadratic(Task):
+class Quadratic(GeneratedTask):
     """Least squares with a random matrix: f_k(theta) = ||W_k theta - y_k||^2, the squares summed.
 
     W_k and y_k stay the same for the whole episode. The start is theta ~ N(0, I).
@@ -39,6 +39,13 @@ class Quadratic(Task):
     def init_params(self, num_tasks: int, generator: torch.Generator) -> dict[str, Tensor]:
         """Draw ``theta`` ``[num_tasks, dim]``, i.i.d. standard Gaussian."""
         return {"theta": torch.randn(num_tasks, self.dim, generator=generator, device="cpu")}
+
+    def sample(self, generator: torch.Generator) -> dict[str, Tensor]:
+        """Draw ``W`` ``[dim, dim]`` and ``y`` ``[dim]``, i.i.d. standard Gaussian."""
+        return {
+            "W": torch.randn(self.dim, self.dim, generator=generator, device="cpu"),
+            "y": torch.randn(self.dim, generator=generator, device="cpu"),
+        }
 
     def loss(self, params: Mapping[str, Tensor], batch: Mapping[str, Tensor], step: int) -> Tensor:
         """Evaluate the quadratics.

@@ -8,41 +8,49 @@ import sys
 import pytest
 import torch
 
-from lightning_l2l.rules import CoordinatewiseLSTM, fused, lstm
+from lightning_l2l.rules import CoordinatewiseLSTM, RNNprop, fused
 
 compiler = pytest.mark.skipif(shutil.which(os.environ.get("CC", "cc")) is None, reason="no C compiler here")
 
+KINDS = {
+    "identity": lambda: CoordinatewiseLSTM(preprocessing="identity"),
+    "log_and_sign": lambda: CoordinatewiseLSTM(),
+    "moments": lambda: RNNprop(),
+}
 
-def run(rule, gradients, memory, weights=None):
+
+def run(rule, gradients, memory, weights=None, beside=None):
     *fed, _ = gradients
     unroller = rule.unroller(gradients.shape[1], len(fed), memory=memory, block=900)
     state = rule.init_state(gradients.shape[1])
     unroller.begin(state)
     updates = torch.stack([unroller.step(g, state).clone() for g in fed])
-    return [updates, *unroller.gradients(gradients, weights or [1.0] * len(fed))]
+    return [updates, *unroller.gradients(gradients, weights or [1.0] * len(fed), beside)]
 
 
 @compiler
 @pytest.mark.parametrize("memory", ["fast", "flat"])
 @pytest.mark.parametrize("num_layers", [1, 2, 3])
-def test_compiled_and_plain_agree(monkeypatch, num_layers, memory):
+@pytest.mark.parametrize("make", [CoordinatewiseLSTM, RNNprop])
+@pytest.mark.parametrize("beside", [None, torch.linspace(-1, 3, 20 * 2001).view(20, 2001)], ids=["alone", "beside"])
+def test_compiled_and_plain_agree(monkeypatch, beside, make, num_layers, memory):
     assert fused.fused_for(torch.empty(0)) is not None
     torch.manual_seed(0)
-    rule = CoordinatewiseLSTM(num_layers=num_layers)
-    gradients, weights = torch.randn(21, 2000) * 0.1, torch.randn(20).tolist()
-    compiled = run(rule, gradients, memory, weights)
-    monkeypatch.setattr(lstm, "fused_for", lambda *like: None)
-    plain = run(rule, gradients, memory, weights)
+    rule = make(num_layers=num_layers)
+    gradients, weights = torch.randn(21, 2001) * 0.1, torch.randn(20).tolist()
+    compiled = run(rule, gradients, memory, weights, beside)
+    monkeypatch.setattr(fused, "_library", lambda: None)
+    plain = run(rule, gradients, memory, weights, beside)
     torch.testing.assert_close(compiled[0], plain[0], rtol=1e-5, atol=1e-7)
     for a, b in zip(compiled[1:], plain[1:], strict=True):
         assert (a - b).norm() < 1e-5 * b.norm()
 
 
 @compiler
-@pytest.mark.parametrize("preprocessing", ["identity", "log_and_sign"])
-def test_compiled_saturates_as_plain_does_and_lets_nan_through(monkeypatch, preprocessing):
+@pytest.mark.parametrize("kind", KINDS)
+def test_compiled_saturates_as_plain_does_and_lets_nan_through(monkeypatch, kind):
     torch.manual_seed(0)
-    rule = CoordinatewiseLSTM(preprocessing=preprocessing)
+    rule = KINDS[kind]()
     gradients = torch.tensor([0.0, 1e-30, -3.0, 80.0, -80.0, 1e30, -1e30]).repeat(6, 5)
     gradients[-1] = torch.randn(35)  # the only one that counts: the others are too large to be multiplied
     weights = [0.0, 0.0, 0.0, 0.0, 1.0]
@@ -52,7 +60,7 @@ def test_compiled_saturates_as_plain_does_and_lets_nan_through(monkeypatch, prep
     updates, *found = run(rule, broken, "flat", weights)
     assert updates[2:, 33].isnan().all() and updates.isnan().sum() == 3
     assert all(gradient.isnan().any() for gradient in found)
-    monkeypatch.setattr(lstm, "fused_for", lambda *like: None)
+    monkeypatch.setattr(fused, "_library", lambda: None)
     plain = run(rule, gradients, "flat", weights)
     torch.testing.assert_close(compiled[0], plain[0], rtol=1e-5, atol=1e-7)
     for a, b in zip(compiled[1:], plain[1:], strict=True):
@@ -60,14 +68,14 @@ def test_compiled_saturates_as_plain_does_and_lets_nan_through(monkeypatch, prep
 
 
 @compiler
-@pytest.mark.parametrize("preprocessing", ["identity", "log_and_sign"])
-def test_compiled_counts_denormals_as_zero_and_leaves_others_theirs(monkeypatch, preprocessing):
+@pytest.mark.parametrize("kind", KINDS)
+def test_compiled_counts_denormals_as_zero_and_leaves_others_theirs(monkeypatch, kind):
     torch.manual_seed(0)
-    rule = CoordinatewiseLSTM(preprocessing=preprocessing)
+    rule = KINDS[kind]()
     gradients = torch.randn(21, 500) * torch.logspace(0, -45, 500)  # an unroll is slow where it meets many of these
     compiled = run(rule, gradients, "flat")
     assert (torch.full((500,), 1e-40) * 0.5).count_nonzero() == 500
-    monkeypatch.setattr(lstm, "fused_for", lambda *like: None)
+    monkeypatch.setattr(fused, "_library", lambda: None)
     plain = run(rule, gradients, "flat")
     torch.testing.assert_close(compiled[0], plain[0], rtol=1e-5, atol=1e-7)
     for a, b in zip(compiled[1:], plain[1:], strict=True):

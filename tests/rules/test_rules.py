@@ -9,7 +9,7 @@ from torch import nn
 
 from lightning_l2l.rules import CoordinatewiseLSTM
 from lightning_l2l.rules.base import AutogradUnroll, blocks
-from optimizers import LSTMS, LearnedMomentum
+from optimizers import LSTMS, LearnedMomentum, possible
 
 RULES = {**LSTMS, "own": LearnedMomentum}
 N, T = 37, 6
@@ -27,25 +27,27 @@ def fed(rule):
     sizes = torch.logspace(-6, 0, T + 1, dtype=torch.float64)[:, None]
     gradients = torch.randn(T + 1, N, dtype=torch.float64, generator=g) * sizes
     weights = [0.5, -1.0, 0.0, 2.0, 30.0, 0.25]
-    state = torch.randn(rule.state_size, N, dtype=torch.float64, generator=g)
+    state = possible(rule, torch.randn(rule.state_size, N, dtype=torch.float64, generator=g))
     return gradients, weights, state
 
 
-def by_autograd(rule, gradients, weights, state):
+def by_autograd(rule, gradients, weights, state, beside=None):
     updates = []
     for gradient in gradients[:-1]:
         update, state = rule(gradient, state)
         updates.append(update)
     updates = torch.stack(updates)
     total = sum(w * g @ moved for w, g, moved in zip(weights, gradients[1:], updates.cumsum(0), strict=True))
+    if beside is not None:
+        total = total + (beside * updates).sum()
     return updates.detach(), state.detach(), torch.autograd.grad(total, list(rule.parameters()))
 
 
-def unrolled(unroller, gradients, weights, state):
+def unrolled(unroller, gradients, weights, state, beside=None):
     after = state.clone()
     unroller.begin(after)
     updates = torch.stack([unroller.step(g, after).clone() for g in gradients[:-1]])
-    return updates, after, unroller.gradients(gradients, weights)
+    return updates, after, unroller.gradients(gradients, weights, beside)
 
 
 @pytest.mark.parametrize("memory", ["fast", "flat"])
@@ -60,6 +62,16 @@ def test_unroll_equals_autograd(rule, fed, memory, block):
         for a, b, (name, p) in zip(got[2], want[2], rule.named_parameters(), strict=True):
             assert a.shape == p.shape, name
             torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("unroll", [lambda rule: rule.unroller(N, T, block=8), lambda rule: AutogradUnroll(rule, N)])
+def test_what_is_beside_the_losses_adds_to_the_cotangents(rule, fed, unroll):
+    beside = torch.randn(T, N, dtype=torch.float64, generator=torch.Generator().manual_seed(4))
+    want, without = by_autograd(rule, *fed, beside), by_autograd(rule, *fed)
+    got = unrolled(unroll(rule), *fed, beside)
+    for a, b, other in zip(got[2], want[2], without[2], strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
+        assert not torch.allclose(a, other)
 
 
 def test_generic_unroll_equals_autograd(rule, fed):

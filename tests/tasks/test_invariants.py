@@ -6,7 +6,21 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_l2l.tasks import MLP, NetworkTask, Quadratic, init_from_seeds
+from lightning_l2l.tasks import (
+    MLP,
+    Autoencoder,
+    ConvexTerm,
+    Lasso,
+    LogisticRegression,
+    Mixture,
+    NetworkTask,
+    Quadratic,
+    RandomScaling,
+    Rastrigin,
+    Rosenbrock,
+    Transformer,
+    init_from_seeds,
+)
 
 NUM_STEPS, ROWS = 2, 6
 
@@ -16,6 +30,30 @@ def quadratic():
         "W": torch.randn(B, 4, 4, generator=g),
         "y": torch.randn(B, 4, generator=g),
     }
+
+
+def generated(task):
+    def batch(B, g):
+        samples = [task.sample(g) for _ in range(B)]
+        return {name: torch.stack([sample[name] for sample in samples]) for name in samples[0]}
+
+    return task, batch
+
+
+def sequences():
+    def batch(B, g):
+        tokens = torch.randint(5, (B, NUM_STEPS + 2, ROWS, 5), generator=g)
+        inputs, targets = tokens[..., :-1], tokens[..., 1:].to(torch.uint8)
+        names = ("inputs", "targets", "unseen_inputs", "unseen_targets")
+        return dict(zip(names, (inputs[:, 1:], targets[:, 1:], inputs[:, 0], targets[:, 0]), strict=True))
+
+    return NetworkTask(Transformer(5, 4, 2, 2, 4)), batch
+
+
+def member(*tasks):
+    """That of an episode of the last of them."""
+    mixture = Mixture([task for task, _ in tasks])
+    return mixture.of_episode({"member": torch.tensor([len(tasks) - 1])}), tasks[-1][1]
 
 
 def network(module, shape=(5,), num_classes=3, **kwargs):
@@ -31,6 +69,11 @@ def network(module, shape=(5,), num_classes=3, **kwargs):
     return NetworkTask(module, **kwargs), batch
 
 
+def made_of(transform, case, **options):
+    task, batch = case
+    return transform(task, **options), lambda B, g: {**batch(B, g), "seed": torch.arange(B) + 100}
+
+
 def convnet():
     return nn.Sequential(
         nn.Conv2d(2, 4, 3),
@@ -44,12 +87,23 @@ def convnet():
 
 CASES = {
     "quadratic": quadratic,
+    "rosenbrock": lambda: generated(Rosenbrock(dim=4)),
+    "rastrigin": lambda: generated(Rastrigin(dim=4, random_amplitude=True)),
+    "logistic-regression": lambda: generated(LogisticRegression(num_features=3, num_examples=7)),
+    "lasso": lambda: generated(Lasso(num_features=5)),
+    "transformer": sequences,
+    "autoencoder": lambda: network(Autoencoder(6, 4), (2, 3), loss_fn=nn.functional.mse_loss, reconstruct=True),
     "mlp": lambda: network(MLP(5, 4, 2, 3)),
     "mlp-gaussian": lambda: network(MLP(5, 4, 1, 3), init_scale=0.3),
     "mlp-factory": lambda: network(lambda: MLP(5, 4, 1, 3)),
     "cross-entropy-class": lambda: network(MLP(5, 4, 1, 3), loss_fn=nn.CrossEntropyLoss(label_smoothing=0.1)),
     "batch-norm": lambda: network(convnet(), shape=(2, 4, 4)),
     "dropout": lambda: network(nn.Sequential(nn.Linear(5, 8), nn.Tanh(), nn.Dropout(0.5), nn.Linear(8, 3))),
+    "random-scaling": lambda: made_of(RandomScaling, quadratic()),
+    "random-scaling-batch-norm": lambda: made_of(RandomScaling, network(convnet(), shape=(2, 4, 4)), bound=1.0),
+    "convex-term": lambda: made_of(ConvexTerm, quadratic(), dim=3),
+    "member-of-a-mixture": lambda: member(network(MLP(5, 4, 1, 3)), generated(Rosenbrock(dim=3))),
+    "both": lambda: made_of(RandomScaling, made_of(ConvexTerm, network(MLP(5, 4, 1, 3)), dim=3), bound=0.5),
 }
 
 
@@ -157,6 +211,20 @@ def test_loss_is_repeatable_and_the_same_with_and_without_buffers(case):
     first = task.loss(params, batch, 1)
     assert torch.equal(first, task.loss(params, batch, 1))
     assert torch.equal(first, task.loss(params | buffers, batch, 1))
+
+
+def test_for_the_length_of_an_episode_it_is_the_same_task(case):
+    task, make = case
+    batch = make(3, torch.Generator())
+    bound = task.of_episode(batch)
+    for name, tensors in zip(("parameters", "buffers"), zip(start(task, 3), start(bound, 3), strict=True), strict=True):
+        assert all(torch.equal(tensors[0][k], tensors[1][k]) for k in tensors[0]), name
+    params, _ = start(task, 3)
+    for step in range(2):
+        assert torch.equal(bound.loss(params, batch, step), task.loss(params, batch, step))
+    assert all(
+        torch.equal(figure, bound.unseen(params, batch)[name]) for name, figure in task.unseen(params, batch).items()
+    )
 
 
 def test_tasks_do_not_see_each_other(case):

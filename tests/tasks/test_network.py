@@ -7,7 +7,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from lightning_l2l.tasks import MLP, NetworkTask, Task, init_from_seeds
+from lightning_l2l.data import MNISTDataModule
+from lightning_l2l.tasks import MLP, Autoencoder, NetworkTask, Task, init_from_seeds
 
 
 def make_batch(num_tasks, shape, num_classes=3, num_steps=3, rows=6):
@@ -224,6 +225,78 @@ def test_accuracy_is_the_share_of_hits():
         "unseen_targets": torch.tensor([[0, 1, 2, 0], [0, 0, 0, 1]], dtype=torch.uint8),
     }
     assert task.unseen(params, batch)["accuracy"].tolist() == [1.0, 0.25]
+
+
+@pytest.mark.parametrize("shape", [(4,), (4, 5, 6)])
+def test_accuracy_where_an_output_has_places(shape):
+    """Classes are the second dimension, as `cross_entropy` has them, and every place counts."""
+    task = NetworkTask(MLP(3, 2, 1, 3) if len(shape) == 1 else nn.Conv2d(3, 3, 1))
+    g = torch.Generator().manual_seed(0)
+    inputs = torch.randn(2, 4, 3, *shape[1:], generator=g)
+    batch = {"unseen_inputs": inputs, "unseen_targets": torch.randint(3, (2, *shape), generator=g).byte()}
+    params, _ = init_from_seeds(task, torch.arange(2))
+    found = task.unseen(params, batch)["accuracy"]
+    for k in range(2):
+        module = copy.deepcopy(task.module)
+        module.load_state_dict({name: value[k] for name, value in params.items()})
+        hits = (module(inputs[k]).argmax(1) == batch["unseen_targets"][k]).float()
+        assert hits.shape == shape
+        torch.testing.assert_close(found[k], hits.mean())
+
+
+def reconstruction(module=None):
+    return NetworkTask(module or Autoencoder(6, 4), loss_fn=F.mse_loss, reconstruct=True)
+
+
+@pytest.mark.parametrize("num_tasks", [1, 3])
+@pytest.mark.parametrize("with_targets", [True, False])
+def test_targets_may_be_the_inputs(num_tasks, with_targets):
+    task, batch = reconstruction(), with_unseen(make_batch(num_tasks, (2, 3)), (2, 3))
+    if not with_targets:
+        batch = {name: value for name, value in batch.items() if "targets" not in name}
+    params, _ = init_from_seeds(task, torch.arange(num_tasks))
+    unseen = task.unseen(params, batch)
+    assert unseen.keys() == {"loss"}
+    for k in range(num_tasks):
+        module = copy.deepcopy(task.module)
+        module.load_state_dict({name: value[k] for name, value in params.items()})
+        pixels = batch["inputs"][k, 1].float() / 255
+        torch.testing.assert_close(task.loss(params, batch, 1)[k], (module(pixels) - pixels).square().mean())
+        pixels = batch["unseen_inputs"][k]
+        pixels = pixels.float() / 255 if pixels.dtype == torch.uint8 else pixels
+        torch.testing.assert_close(unseen["loss"][k], (module(pixels) - pixels).square().mean())
+
+
+def test_copies_of_an_autoencoder_run_side_by_side_and_learn_the_digits(mnist_root):
+    data = MNISTDataModule(mnist_root, num_tasks=2, batch_size=32, num_steps=60, download=False)
+    data.setup()
+    batch, calls = next(iter(data.val_dataloader())), []
+    task = reconstruction(Autoencoder(hidden_size=8))
+    task._template.register_forward_pre_hook(lambda *_: calls.append(1))
+    params = {name: value.requires_grad_() for name, value in init_from_seeds(task, batch["seed"])[0].items()}
+    optimizer, first = torch.optim.Adam(params.values(), lr=0.01), task.unseen(params, batch)["loss"]
+    calls.clear()
+    for step in range(60):
+        optimizer.zero_grad()
+        task.loss(params, batch, step).sum().backward()
+        optimizer.step()
+    assert len(calls) == 60
+    assert (task.unseen(params, batch)["loss"] < 0.6 * first).all()
+
+
+def test_data_that_cannot_be_reconstructed():
+    task, batch = reconstruction(), make_batch(2, (2, 3))
+    params, _ = init_from_seeds(task, torch.arange(2))
+    with pytest.raises(ValueError, match="the batch has 3 minibatches and the episode wants more"):
+        task.loss(params, batch, 3)
+    with pytest.raises(ValueError, match="the batch has no 'inputs'"):
+        task.loss(params, {"targets": batch["targets"]}, 0)
+    with pytest.raises(ValueError, match="Autoencoder and its loss do not take inputs"):
+        task.loss(params, make_batch(2, (7,)), 0)
+    with pytest.raises(ValueError, match="reconstruct='yes' is neither True nor False"):
+        NetworkTask(Autoencoder(), reconstruct="yes")
+    with pytest.raises(ValueError, match="of which cross_entropy is no loss; give loss_fn=torch"):
+        NetworkTask(Autoencoder(), reconstruct=True)
 
 
 def test_no_unseen_data_no_figures():

@@ -1,0 +1,142 @@
+"""RNNprop: an LSTM that sees what Adam sees, and whose update is bounded."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_l2l.arguments import (
+    brief,
+    check_at_least,
+    check_fits_memory,
+    check_positive,
+    is_number,
+)
+from lightning_l2l.rules.base import Memory, RuleUnroll, UpdateRule
+from lightning_l2l.rules.fused import FusedLSTM, FusedRule, FusedUnroll, fused_for
+from lightning_l2l.rules.lstm import MOST_LAYERS, draw_uniform, layers_of, register_layers, run_layers
+
+_MOMENTS = 4  # rows of state
+_LARGEST = 1e18  # of a gradient: its square has to be a float32
+
+
+class RNNprop(UpdateRule):
+    r"""An LSTM on gradients that are divided by their own size, with a bounded update.
+
+    .. math::
+        g_t = \alpha \tanh(w^\top h_t + b), \quad
+        h_t = \mathrm{LSTM}(\mathrm{elu}(A\,(\tilde m_t, \tilde g_t) + a), h_{t-1}), \quad
+        \tilde m_t = \hat m_t / (\sqrt{\hat v_t} + \epsilon), \quad
+        \tilde g_t = \nabla f_t / (\sqrt{\hat v_t} + \epsilon)
+
+    with Adam's bias-corrected running means :math:`\hat m` of the gradients and :math:`\hat v` of their squares. So
+    the rule does not see how large gradients are, only how they change, and no update exceeds alpha: it is meant for
+    horizons and activations other than those of meta-training.
+
+    State: `[2 * hidden_size * num_layers + 4, num_coordinates]`, rows (h, c) of the lowest layer first, then the
+    running means of the gradient and of its square, and what the weights in each of them add up to.
+
+    Args:
+        hidden_size: Hidden units a layer, and units of the input layer; at least 1.
+        num_layers: LSTM layers, at least 1.
+        beta1: Decay of the running mean of gradients a *inner step*, in [0, 1).
+        beta2: Decay of that of their squares, in [0, 1).
+        eps: Epsilon, above 0: gradients far below it count as none.
+        output_scale: Alpha, the bound on the absolute update; not zero.
+
+    Raises:
+        ValueError: A size below 1 or one that needs more memory than there is, or another argument out of range.
+
+    Example:
+        >>> rule = RNNprop(hidden_size=4)
+        >>> update, state = rule(torch.randn(7), rule.init_state(7))
+        >>> update.shape, state.shape, bool(update.abs().max() < 0.1)
+        (torch.Size([7]), torch.Size([20, 7]), True)
+
+    References:
+        Lv, Jiang, Li, Learning gradient descent: better generalization and longer horizons,
+        https://arxiv.org/abs/1703.03633, 2017.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int = 20,
+        num_layers: int = 2,
+        beta1: float = 0.95,
+        beta2: float = 0.95,
+        eps: float = 1e-8,
+        output_scale: float = 0.1,
+    ) -> None:
+        super().__init__()
+        check_at_least(1, hidden_size=hidden_size)
+        check_at_least(1, MOST_LAYERS, num_layers=num_layers)
+        check_fits_memory(32 * num_layers * hidden_size**2, hidden_size=hidden_size, num_layers=num_layers)
+        for name, beta in (("beta1", beta1), ("beta2", beta2)):
+            if not is_number(beta) or not 0 <= beta < 1:
+                raise ValueError(f"{name}={brief(beta)} is out of range; use a number from 0 to below 1, such as 0.95")
+        check_positive(eps=eps)
+        if not is_number(output_scale) or output_scale == 0:
+            raise ValueError(
+                f"output_scale={brief(output_scale)} gives no update; use a finite number other than 0, such as 0.1"
+            )
+        self.hidden_size, self.num_layers = hidden_size, num_layers
+        self.beta1, self.beta2, self.eps, self.output_scale = beta1, beta2, eps, output_scale
+        register_layers(self, hidden_size, hidden_size, num_layers)
+        self.readout = nn.Linear(hidden_size, 1)
+        self.input = nn.Linear(2, hidden_size)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw the meta-parameters anew: uniform within 1 / sqrt(hidden_size), as `torch.nn.LSTM` does."""
+        draw_uniform(self, self.hidden_size)
+
+    @property
+    def state_size(self) -> int:
+        """Numbers of state a coordinate: h and c of every layer, and the moments."""
+        return 2 * self.hidden_size * self.num_layers + _MOMENTS
+
+    def forward(self, gradient: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+        """See `UpdateRule.forward`."""
+        of_layers, (mean, square, of_mean, of_square) = state[:-_MOMENTS], state[-_MOMENTS:]
+        gradient = gradient.clamp(-_LARGEST, _LARGEST)
+        mean = torch.lerp(gradient, mean, self.beta1)
+        square = torch.lerp(gradient.square(), square, self.beta2)
+        of_mean = 1 - self.beta1 * (1 - of_mean)
+        of_square = 1 - self.beta2 * (1 - of_square)
+        size = (square / of_square).sqrt() + self.eps
+        x = torch.stack([mean / (of_mean * size), gradient / size])  # [2, num_coordinates]
+        x = nn.functional.elu(self.input(x.t())).t()
+        h, after = run_layers(layers_of(self, self.num_layers), x, of_layers)
+        update = self.output_scale * torch.tanh(self.readout(h.t())[:, 0])
+        return update, torch.cat([after, torch.stack([mean, square, of_mean, of_square])])
+
+    @torch.no_grad()
+    def step_(self, gradient: Tensor, state: Tensor) -> Tensor:
+        """See `UpdateRule.step_`; compiled where it can be."""
+        library = fused_for(self.readout.weight, gradient, state)
+        if library and state.stride(1) == 1:
+            return self._fused(library).step_(gradient.contiguous(), state)
+        return super().step_(gradient, state)
+
+    def unroller(
+        self,
+        num_coordinates: int,
+        num_steps: int,
+        *,
+        memory: Memory = "auto",
+        budget: int = 2**30,
+        block: int | None = None,
+    ) -> RuleUnroll:
+        """See `UpdateRule.unroller`; compiled where it can be, else by autograd."""
+        library = fused_for(self.readout.weight)
+        if library:
+            return FusedUnroll(lambda: self._fused(library, back=True), self.init_state(num_coordinates), num_steps)
+        return super().unroller(num_coordinates, num_steps, memory=memory, budget=budget, block=block)
+
+    def _fused(self, library: Any, *, back: bool = False) -> FusedLSTM:
+        """The compiled kernel with this rule's weights as they are now; `back` for the backward pass too."""
+        numbers = {"beta1": self.beta1, "beta2": self.beta2, "eps": self.eps}
+        rule = FusedRule.of("moments", self.hidden_size, self.num_layers, self.output_scale, **numbers)
+        return FusedLSTM(library, rule, list(self.parameters()), back=back)
