@@ -47,7 +47,7 @@ class RandomScaling(Task):
         False
 
     References:
-        Lv, Jiang, Li, *Learning gradient descent: better generalization and longer horizons*, section 4.1, 2017,
+        Lv, Jiang, Li, *Learning gradient descent: better generalization and longer horizons*, 2017,
         https://arxiv.org/abs/1703.03633
     """
 
@@ -117,7 +117,7 @@ class ConvexTerm(Task):
         TypeError: If ``task`` is none.
 
     References:
-        Lv, Jiang, Li, *Learning gradient descent: better generalization and longer horizons*, section 4.2, 2017,
+        Lv, Jiang, Li, *Learning gradient descent: better generalization and longer horizons*, 2017,
         https://arxiv.org/abs/1703.03633
     """
 
