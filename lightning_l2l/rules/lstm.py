@@ -15,8 +15,30 @@ from lightning_l2l.rules.fused import FusedLSTM, FusedRule, FusedUnroll, check_c
 from lightning_l2l.rules.lstm_kernel import Block, LSTMShape, Scratch, pack, step_in_place, unpack_gradients
 from lightning_l2l.rules.preprocessing import PREPROCESSING
 
-#: Of a rule.
-MOST_LAYERS = 1000
+_MOST_LAYERS = 1000
+
+
+def check_sizes(hidden_size: Any, num_layers: Any) -> None:
+    """Refuse sizes of a stack of LSTM layers that there cannot be.
+
+    Raises:
+        ValueError: One is below 1, or they need more memory than there is.
+    """
+    check_at_least(1, hidden_size=hidden_size)
+    check_at_least(1, _MOST_LAYERS, num_layers=num_layers)
+    check_fits_memory(32 * num_layers * hidden_size**2, hidden_size=hidden_size, num_layers=num_layers)
+
+
+def check_output_scale(output_scale: Any) -> None:
+    """Refuse a factor on the update with which there is none.
+
+    Raises:
+        ValueError: It is zero, or no finite number.
+    """
+    if not is_number(output_scale) or output_scale == 0:
+        raise ValueError(
+            f"output_scale={brief(output_scale)} gives no update; use a finite number other than 0, such as 0.1"
+        )
 
 
 def register_layers(rule: nn.Module, input_size: int, hidden_size: int, num_layers: int) -> None:
@@ -93,18 +115,13 @@ class CoordinatewiseLSTM(UpdateRule):
         forget_bias: float = 0.0,
     ) -> None:
         super().__init__()
-        check_at_least(1, hidden_size=hidden_size)
-        check_at_least(1, MOST_LAYERS, num_layers=num_layers)
-        check_fits_memory(32 * num_layers * hidden_size**2, hidden_size=hidden_size, num_layers=num_layers)
+        check_sizes(hidden_size, num_layers)
         check_choice(PREPROCESSING, preprocessing=preprocessing)
         if not is_number(p) or not 0 < p <= 87:
             raise ValueError(
                 f"p={brief(p)} is out of range; use a number above 0 and up to 87 (e^p must be finite); 10 in the paper"
             )
-        if not is_number(output_scale) or output_scale == 0:
-            raise ValueError(
-                f"output_scale={brief(output_scale)} gives no update; use a finite number other than 0, such as 0.1"
-            )
+        check_output_scale(output_scale)
         if not is_number(forget_bias):
             raise ValueError(f"forget_bias={brief(forget_bias)} is out of range; use a finite number, such as 1.0")
         self.hidden_size = hidden_size

@@ -7,16 +7,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_l2l.arguments import (
-    brief,
-    check_at_least,
-    check_fits_memory,
-    check_positive,
-    is_number,
-)
+from lightning_l2l.arguments import brief, check_positive, is_number
 from lightning_l2l.rules.base import Memory, RuleUnroll, UpdateRule
 from lightning_l2l.rules.fused import FusedLSTM, FusedRule, FusedUnroll, fused_for
-from lightning_l2l.rules.lstm import MOST_LAYERS, draw_uniform, layers_of, register_layers, run_layers
+from lightning_l2l.rules.lstm import (
+    check_output_scale,
+    check_sizes,
+    draw_uniform,
+    layers_of,
+    register_layers,
+    run_layers,
+)
 
 _MOMENTS = 4  # rows of state
 _LARGEST = 1e18  # of a gradient: its square has to be a float32
@@ -70,17 +71,12 @@ class RNNprop(UpdateRule):
         output_scale: float = 0.1,
     ) -> None:
         super().__init__()
-        check_at_least(1, hidden_size=hidden_size)
-        check_at_least(1, MOST_LAYERS, num_layers=num_layers)
-        check_fits_memory(32 * num_layers * hidden_size**2, hidden_size=hidden_size, num_layers=num_layers)
+        check_sizes(hidden_size, num_layers)
         for name, beta in (("beta1", beta1), ("beta2", beta2)):
             if not is_number(beta) or not 0 <= beta < 1:
                 raise ValueError(f"{name}={brief(beta)} is out of range; use a number from 0 to below 1, such as 0.95")
         check_positive(eps=eps)
-        if not is_number(output_scale) or output_scale == 0:
-            raise ValueError(
-                f"output_scale={brief(output_scale)} gives no update; use a finite number other than 0, such as 0.1"
-            )
+        check_output_scale(output_scale)
         self.hidden_size, self.num_layers = hidden_size, num_layers
         self.beta1, self.beta2, self.eps, self.output_scale = beta1, beta2, eps, output_scale
         register_layers(self, hidden_size, hidden_size, num_layers)
