@@ -164,9 +164,7 @@ class CLI(LightningCLI):
                 "only; use `test`, or --ckpt_path null to start anew"
             )
         self._rule = load_rule(name)
-        described = describe(self._rule)
-        make: Any = Namespace  # which has no type hints
-        config["model"]["rule"] = make(class_path=described["class_path"], init_args=make(**described["init_args"]))
+        config["model"]["rule"] = _as_configured(describe(self._rule))
 
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
         kwargs: dict[str, Any] = super()._prepare_subcommand_kwargs(subcommand)
@@ -230,6 +228,17 @@ class CLI(LightningCLI):
                     path = shown(self.config["fit"]["ckpt_path"])
                     rank_zero_info(f"Resuming from {path} after {self._steps_done} outer steps")
             super()._run_subcommand(subcommand)
+
+
+def _as_configured(described: Any) -> Any:
+    """A description as the parser holds it: objects, also those in a dictionary, as namespaces."""
+    make: Any = Namespace  # which has no type hints
+    if not isinstance(described, dict):
+        return described
+    content = {name: _as_configured(value) for name, value in described.items()}
+    if content.keys() == {"class_path", "init_args"}:
+        return make(class_path=content["class_path"], init_args=make(**content["init_args"]))
+    return content
 
 
 def _check_resumable(path: Path, checkpoint: dict[str, Any]) -> None:

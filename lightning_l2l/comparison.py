@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_l2l.arguments import brief, check_type
+from lightning_l2l.arguments import brief, check_positive, check_type
 from lightning_l2l.results import final_losses
 from lightning_l2l.tasks.base import Task, check_losses, init_from_seeds
 from lightning_l2l.tasks.batches import get_entries
@@ -37,19 +37,22 @@ class Baseline:
         optimizer: An optimizer class that works on each coordinate by itself, since the tasks lie side by
             side in one tensor.
         options: Its other arguments.
+        lr: A learning rate to keep to, above 0, such as the one that it has by default; None: it is tuned.
     """
 
     name: str
     optimizer: type[Optimizer]
     options: Mapping[str, Any] = field(default_factory=dict)
+    lr: float | None = None
 
     def __post_init__(self) -> None:
         """Refuse what is no optimizer or cannot name a folder.
 
         Raises:
-            ValueError: The name cannot name a folder.
+            ValueError: The name cannot name a folder, or `lr` is not above 0.
             TypeError: An argument is of another type.
         """
+        check_positive(optional=True, lr=self.lr)
         check_type(str, "a text", name=self.name)
         if not self.name.strip(".") or not self.name.isprintable() or set(self.name) & set("/\\"):
             raise ValueError(f"baseline name={brief(self.name)} cannot name a folder; use letters and digits")
@@ -198,7 +201,8 @@ def tune(
 ) -> Tuned:
     """Choose a learning rate by the mean final loss, as the paper does.
 
-    Of equally good ones it takes the smallest; so where every run diverges, it goes on to smaller ones.
+    Of equally good ones it takes the smallest; so where every run diverges, it goes on to smaller ones. A baseline with
+    a learning rate of its own keeps to that.
 
     Args:
         baseline: What is tuned.
@@ -222,9 +226,9 @@ def tune(
     def best() -> float:
         return min(sorted(tried), key=lambda lr: tried[lr])
 
-    for lr in grid:
+    for lr in grid if baseline.lr is None else (baseline.lr,):
         attempt(lr)
-    for _ in range(max_widenings):
+    for _ in range(max_widenings if baseline.lr is None else 0):
         if best() == min(tried):
             attempt(_half_decade(best(), -1))
         elif best() == max(tried):

@@ -16,6 +16,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from lightning_l2l import LearnedOptimizer, load_rule, main
 from lightning_l2l.rule_files import save_rule, shipped_rules
+from lightning_l2l.rules import CoordinatewiseLSTM, RNNprop, RuleGroups
 from lightning_l2l.rules.describe import describe
 
 ROOT = Path(__file__).parents[1]
@@ -174,6 +175,18 @@ def test_a_shipped_rule_is_tested_by_its_name(monkeypatch):
         assert describe(cli.model.rule) == describe(rule)
         for a, b in zip(cli.model.rule.parameters(), rule.parameters(), strict=True):
             assert torch.equal(a, b)
+
+
+def test_a_rule_file_with_groups_is_tested_by_its_name(monkeypatch):
+    rule = RuleGroups({"the.*": CoordinatewiseLSTM(2), "!the*": RNNprop(3, beta2=0.9), "the??": RNNprop(4)})
+    save_rule(rule, Path("own.npz"))
+    main(["test", "--ckpt_path=own.npz", *(f for f in TINY if "rule" not in f), "--trainer.default_root_dir=a"])
+    found = []
+    monkeypatch.setattr(LightningCLI, "_run_subcommand", lambda self, command: found.append(self))
+    main(["test", "--config", str(Path("a") / run() / "config.yaml"), "--trainer.accelerator=cpu"])
+    assert describe(found[0].model.rule) == describe(rule)
+    for a, b in zip(found[0].model.rule.parameters(), rule.parameters(), strict=True):
+        assert torch.equal(a, b)
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda p: p.stem)

@@ -169,6 +169,12 @@ def test_tuning_stops_widening_after_a_while():
     assert tuned.lr == 100 and len(tuned.tried) == len(GRID) + 3
 
 
+def test_a_baseline_with_a_learning_rate_of_its_own_keeps_to_it():
+    tuned = tune(Baseline("rated", Rated, {"best": 0.1}, lr=0.02), Floor(), seeds(3), 1, CPU)
+    assert tuned.lr == 0.02 and list(tuned.tried) == [0.02]
+    assert tuned.final_loss == pytest.approx(1 + math.log10(5))
+
+
 def test_tuning_escapes_from_a_grid_where_everything_diverges():
     exploding = Baseline("exploding", Exploding, {"limit": 5e-4})
     tuned = tune(exploding, Floor(), seeds(4), 1, CPU, max_widenings=2)
