@@ -1,26 +1,33 @@
-"""Where a rule wins and where it breaks: `python -m lightning_l2l.map RULE --root data`.
+"""Where a rule wins and where it breaks: `python -m lightning_l2l.map RULE [RULE ...] --root data`.
 
 Runs `test` on grids of tasks around those that rules are meta-trained on, each cell with tuned baselines, and draws the
-outcome: `map.csv`, which grows with each cell, and `map.png`, in `map/version_N`. RULE is a checkpoint, a rule file or
-the name of a shipped rule.
+outcome: `map.csv`, which grows with each cell, and a picture a rule, in `map/version_N`. RULE is a checkpoint, a rule
+file or the name of a shipped rule; the baselines are tuned once for all of them.
 """
 
 from __future__ import annotations
 
 import argparse
 import math
+import multiprocessing
+import re
 import shlex
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
 from typing import Any
 
+import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
+from lightning_l2l.grids import DEFAULT_ADAM, Page, pages
 from lightning_l2l.rule_files import load_rule, save_rule
 from lightning_l2l.sweep import DONE, Row, new_folder, read_csv, run_setting, write_csv
 from lightning_l2l.tables import print_table
@@ -31,94 +38,6 @@ SIGNIFICANT = 2.0
 _ENDS = 4.0  # ratio at which a colour is at its strongest
 
 
-@dataclass(frozen=True)
-class Axis:
-    """One property of a task.
-
-    Attributes:
-        name: As it is shown.
-        values: Value, as it is shown -> flags of `test` that set it.
-    """
-
-    name: str
-    values: Mapping[str, Sequence[str]]
-
-    @classmethod
-    def of(cls, name: str, field: str, *values: str) -> Axis:
-        """That of a single field of the configuration."""
-        return cls(name, {value: [f"--{field}={value}"] for value in values})
-
-
-@dataclass(frozen=True)
-class Page:
-    """A grid of two properties.
-
-    Attributes:
-        name: As it is shown.
-        flags: Of `test`, for all cells.
-        across: Property by columns.
-        down: Property by rows.
-    """
-
-    name: str
-    flags: Sequence[str]
-    across: Axis
-    down: Axis
-
-
-def pages(root: Path, *, small: bool = False) -> list[Page]:
-    """The map's grids.
-
-    Args:
-        root: Folder of the data sets.
-        small: Fewer cells, steps and tasks: to see whether everything runs.
-    """
-    sizes = (2, 4) if small else (8, 16)
-    tasks = [f"--data.num_val_tasks={sizes[0]}", f"--data.num_test_tasks={sizes[1]}", f"--data.eval_tasks={sizes[1]}"]
-    network = [
-        "--model.task=lightning_l2l.NetworkTask",
-        "--model.task.module=lightning_l2l.MLP",
-        "--data=lightning_l2l.MNISTDataModule",
-        f"--data.root={root}",
-        "--data.num_unseen=0",
-        *tasks,
-        "--model.final_steps=10",
-    ]
-    quadratics = [
-        "--model.task=lightning_l2l.Quadratic",
-        "--data=lightning_l2l.QuadraticDataModule",
-        f"--data.num_val_tasks={8 * sizes[0]}",
-        f"--data.num_test_tasks={8 * sizes[1]}",
-        f"--data.eval_tasks={8 * sizes[1]}",
-    ]
-    layer = "model.task.module"
-    activations, depths = ["sigmoid", "tanh", "relu", "elu", "gelu"], ["1", "2", "3"]
-    widths, scales = ["5", "20", "80"], ["null", "0.03", "0.1", "0.3", "1.0"]
-    horizons, batches, dims = ["100", "300", "1000", "3000", "10000"], ["16", "128", "512"], ["2", "10", "50"]
-    if small:
-        activations, depths, widths, scales = activations[:3], depths[:1], widths[:2], scales[:1]
-        horizons, batches, dims = ["20", "40"], ["16"], dims[:2]
-    dimension = Axis("dimension", {dim: [f"--model.task.dim={dim}", f"--data.dim={dim}"] for dim in dims})
-    steps = Axis.of("inner steps", "model.num_steps", *horizons)
-    short = [*network, "--model.num_steps=20"] if small else network
-    return [
-        Page(
-            "MLP on MNIST: activation and hidden layers",
-            short,
-            Axis.of("activation", f"{layer}.activation", *activations),
-            Axis.of("hidden layers", f"{layer}.num_layers", *depths),
-        ),
-        Page(
-            "MLP on MNIST: initial scale and hidden units",
-            short,
-            Axis.of("standard deviation of the start (null: PyTorch's)", "model.task.init_scale", *scales),
-            Axis.of("hidden units", f"{layer}.hidden_size", *widths),
-        ),
-        Page("MLP on MNIST: inner steps and batch size", network, steps, Axis.of("batch", "data.batch_size", *batches)),
-        Page("Quadratics: inner steps and dimension", quadratics, steps, dimension),
-    ]
-
-
 def verdict(rows: Sequence[Row]) -> Row:
     """What a cell says: the rule beside the best of the tuned baselines.
 
@@ -127,15 +46,19 @@ def verdict(rows: Sequence[Row]) -> Row:
 
     Returns:
         "learned", "best", "optimizer" (which is best), "ratio" and "verdict": the rule "diverges" where any of its runs
-        does, "wins" or "loses" where the means differ by more than `SIGNIFICANT` standard errors, else "ties".
+        does, "wins" or "loses" where the means differ by more than `SIGNIFICANT` standard errors, else "ties". "adam"
+        and "adam_default" are the final losses of these two.
     """
     learned, *baselines = rows
     loss = float(learned.get("final_loss") or "inf")
-    if not baselines:  # the rule has not come that far
-        return {"learned": str(loss), "verdict": DIVERGES}
-    best = min(baselines, key=lambda row: float(row["final_loss"]))
-    reference = float(best["final_loss"])
-    found = {"learned": str(loss), "best": str(reference), "optimizer": best["optimizer"]}
+    losses = {row["optimizer"]: float(row["final_loss"]) for row in baselines}
+    found = {"learned": str(loss), **{name: str(losses[name]) for name in ("adam", DEFAULT_ADAM) if name in losses}}
+    tuned = [row for row in baselines if row["optimizer"] != DEFAULT_ADAM]
+    if not tuned:
+        return {**found, "verdict": DIVERGES}
+    best = min(tuned, key=lambda row: losses[row["optimizer"]])
+    reference = losses[best["optimizer"]]
+    found |= {"best": str(reference), "optimizer": best["optimizer"]}
     found["ratio"] = str(loss / reference) if reference else "nan"
     if not math.isfinite(loss) or float(learned["diverged"]):
         return {**found, "verdict": DIVERGES}
@@ -145,8 +68,73 @@ def verdict(rows: Sequence[Row]) -> Row:
     return {**found, "verdict": TIES}
 
 
+@dataclass(frozen=True)
+class _Cell:
+    """A cell that is to be run.
+
+    Attributes:
+        where: Grid and properties, as `map.csv` has them.
+        flags: Of `test`.
+        root: Where its log folders are made.
+        first: Whether nothing has run yet: a mistake then ends the program.
+    """
+
+    where: Row
+    flags: Sequence[str]
+    root: Path
+    first: bool
+
+
+def _run(cell: _Cell, rules: Mapping[str, Path]) -> list[Row]:
+    """The rows of a cell, one a rule: the baselines are tuned once, for all of them."""
+    rows: list[Row] = []
+    baselines: list[Row] = []
+    for name, path in rules.items():
+        # The last flag counts.
+        flags = [*cell.flags, f"--ckpt_path={path}", *(["--curves.baselines=[]"] if baselines else [])]
+        found, status = run_setting(["test", *flags], {}, cell.root / name, first=cell.first and not rows)
+        baselines = baselines or found[1:]
+        broke = status != DONE and "diverged" not in status
+        said = {} if broke else verdict([found[0], *baselines])
+        rows.append({**cell.where, "rule": name, **said, "status": status if broke else DONE})
+    return rows
+
+
+def _run_quietly(cell: _Cell, rules: Mapping[str, Path]) -> list[Row]:
+    """The same in a process of its own, where what it prints goes to a file."""
+    cell.root.mkdir(parents=True, exist_ok=True)
+    sys.argv = sys.argv[:1]  # LightningCLI complains of arguments of another's command
+    with (cell.root / "log").open("w", encoding="utf-8") as log, redirect_stdout(log), redirect_stderr(log):
+        return _run(cell, rules)
+
+
+def _run_all(cells: Sequence[_Cell], rules: Mapping[str, Path], jobs: int) -> Iterator[list[Row]]:
+    """The rows of each cell, in order."""
+    if jobs == 1:
+        for cell in cells:
+            print(_shown_cell(cell), flush=True)
+            yield _run(cell, rules)
+        return
+    threads = max(1, torch.get_num_threads() // jobs)
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(jobs, context, initializer=torch.set_num_threads, initargs=(threads,)) as pool:
+        try:
+            found = [pool.submit(_run_quietly, cell, rules) for cell in cells]
+            for cell, rows in zip(cells, found, strict=True):
+                yield rows.result()
+                print(_shown_cell(cell), flush=True)
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+def _shown_cell(cell: _Cell) -> str:
+    grid, *properties = cell.where.values()
+    return f"[{grid}] {', '.join(properties)}"
+
+
 def main(args: list[str] | None = None) -> int:
-    """Draw a map.
+    """Draw maps.
 
     Args:
         args: As on the command line; None takes them from there.
@@ -156,50 +144,80 @@ def main(args: list[str] | None = None) -> int:
     """
     args = sys.argv[1:] if args is None else args
     parser = argparse.ArgumentParser("map", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("rule", metavar="RULE", help="a checkpoint, a rule file, or the name of a shipped rule")
+    parser.add_argument("rules", metavar="RULE", nargs="+", help="a checkpoint, a rule file, or a shipped rule's name")
     parser.add_argument("--root", type=Path, default=Path("data"), help="folder of the data sets (data)")
     parser.add_argument("--only", default="", metavar="TEXT", help="the grids whose names have this text")
     parser.add_argument("--small", action="store_true", help="a few cells with few steps, to see whether all runs")
+    parser.add_argument("--jobs", type=int, default=1, help="cells that run side by side, in processes (1)")
     parser.add_argument("--folder", type=Path, default=Path("map"), help="where version_N is made (map)")
     parser.add_argument("--resume", type=Path, metavar="FOLDER", help="a version_N: run what it has not finished")
     options = parser.parse_args(args)
     chosen = [page for page in pages(options.root, small=options.small) if options.only in page.name]
     if not chosen:
         parser.error(f"--only {options.only!r} is in the name of no grid: {', '.join(p.name for p in pages(Path()))}")
+    if options.jobs < 1:
+        parser.error(f"--jobs {options.jobs} is no number of processes; use 1 or more")
+    names = [Path(rule).stem for rule in options.rules]
+    if len(set(names)) < len(names):
+        parser.error(f"two rules have one name ({', '.join(names)}), and their pictures would, too; rename a file")
     try:
-        rule = load_rule(options.rule)
+        loaded = [load_rule(rule) for rule in options.rules]
     except (FileNotFoundError, ValueError) as error:
         parser.error(str(error))
     folder: Path = options.resume or new_folder(options.folder)
-    done = read_csv(folder / "map.csv") if (folder / "map.csv").is_file() else []
-    save_rule(rule, folder / "rule.npz")
-    repeat = shlex.join([*args, "--resume", str(folder)])
-    print(f"Grids: {len(chosen)}, in {folder}; if stopped, go on with: python -m lightning_l2l.map {repeat}")
-    rows: list[Row] = []
-    for page in chosen:
+    rules = {name: folder / f"{name}.npz" for name in names}
+    for rule, path in zip(loaded, rules.values(), strict=True):
+        save_rule(rule, path)
+    rows = read_csv(folder / "map.csv") if (folder / "map.csv").is_file() else []
+    rows = [row for row in rows if row["status"] == DONE]
+    missing = _missing(chosen, rows, rules, folder / "runs")
+    repeat = shlex.join([*args, *([] if options.resume else ["--resume", str(folder)])])
+    print(f"Cells: {len(missing)}, in {folder}; if stopped, go on with: python -m lightning_l2l.map {repeat}")
+    for found in _run_all(missing, rules, options.jobs):
+        rows += found
+        write_csv(folder / "map.csv", rows)
+    shown = [row for row in rows if any(row["grid"] == page.name for page in chosen)]
+    for name in names:
+        own = [row for row in shown if row["rule"] == name]
+        for page in chosen:
+            print_table(table(page, own))
+        draw(chosen, own, f"{name}: final loss / that of the best tuned optimizer").savefig(folder / f"{name}.png")
+        print(f"{name}: {summary(own)}")
+    print(f"Written to {folder}: map.csv, {', '.join(f'{name}.png' for name in names)}")
+    return int(any(row["status"] != DONE for row in shown))
+
+
+def _missing(pages: Sequence[Page], done: Sequence[Row], rules: Mapping[str, Path], root: Path) -> list[_Cell]:
+    """The cells that are to be run for any of the rules, which is then for all of them."""
+    found: list[_Cell] = []
+    for page in pages:
         for down, flags in page.down.values.items():
             for across, more in page.across.values.items():
-                cell = {"grid": page.name, page.down.name: down, page.across.name: across}
-                row = next((row for row in done if row["status"] == DONE and row.items() >= cell.items()), None)
-                if row is None:
-                    print(f"[{page.name}] {down}, {across}", flush=True)
-                    command = ["test", *page.flags, *flags, *more, f"--ckpt_path={folder / 'rule.npz'}"]
-                    found, status = run_setting(command, {}, folder / "runs" / str(len(rows)), first=not rows)
-                    broke = status != DONE and "diverged" not in status
-                    row = {**cell, **({} if broke else verdict(found)), "status": status if broke else DONE}
-                rows.append(row)
-                write_csv(folder / "map.csv", rows)
-    for page in chosen:
-        print_table(table(page, rows))
-    draw(chosen, rows, f"{options.rule}: final loss / that of the best tuned optimizer").savefig(folder / "map.png")
+                where = {"grid": page.name, page.down.name: down, page.across.name: across}
+                has = {row["rule"] for row in done if row.items() >= where.items()}
+                if not has >= rules.keys():
+                    place = "-".join(re.sub(r"\W+", "_", part) for part in where.values())
+                    found.append(_Cell(where, [*page.flags, *flags, *more], root / place, first=not (done or found)))
+    return found
+
+
+def summary(rows: Sequence[Row]) -> str:
+    """The cells of a rule in a line."""
     count = {kind: sum(row.get("verdict") == kind for row in rows) for kind in (WINS, TIES, LOSES, DIVERGES)}
-    print(", ".join(f"{kind} {number}" for kind, number in count.items()), f"of {len(rows)} cells")
-    print(f"Written to {folder}: map.csv, map.png")
-    return int(any(row["status"] != DONE for row in rows))
+    line = f"{', '.join(f'{kind} {number}' for kind, number in count.items())} of {len(rows)} cells"
+    pairs = [(float(row["learned"]), float(row["adam"])) for row in rows if row.get("adam")]
+    ratios = [learned / adam for learned, adam in pairs if adam and math.isfinite(adam)]
+    if ratios:
+        line += f"; median of learned / tuned Adam {median(ratios):.3f}"
+    pairs = [(float(row["learned"]), float(row[DEFAULT_ADAM])) for row in rows if row.get(DEFAULT_ADAM)]
+    if pairs:
+        better = sum(learned <= default for learned, default in pairs)
+        line += f"; no worse than Adam at its default learning rate in {better} of {len(pairs)}"
+    return line
 
 
 def table(page: Page, rows: Sequence[Row]) -> Table:
-    """A page as ratios and verdicts."""
+    """A page as ratios and verdicts, from the rows of one rule."""
     found = Table(title=page.name, box=SIMPLE_HEAD, title_justify="left")
     found.add_column(page.down.name, justify="right")
     for across in page.across.values:
@@ -215,13 +233,15 @@ def draw(pages: Sequence[Page], rows: Sequence[Row], title: str) -> Figure:
 
     Args:
         pages: What is drawn.
-        rows: Of `map.csv`.
+        rows: Of `map.csv`, those of one rule.
         title: Title.
     """
     columns = min(2, len(pages))
     lines = math.ceil(len(pages) / columns)
-    figure = Figure(figsize=(5.6 * columns, 0.6 + 2.6 * lines), dpi=130, layout="constrained")
-    grid = list(figure.subplots(lines, columns, squeeze=False).flat)
+    rows_of = [max(len(p.down.values) for p in pages[columns * k : columns * (k + 1)]) for k in range(lines)]
+    heights = [1.1 + 0.36 * max(number, 3) for number in rows_of]
+    figure = Figure(figsize=(5.6 * columns, 0.5 + sum(heights)), dpi=130, layout="constrained")
+    grid = list(figure.subplots(lines, columns, squeeze=False, height_ratios=heights).flat)
     for page, axes in zip(pages, grid, strict=False):
         _draw_page(page, rows, axes)
     for axes in grid[len(pages) :]:

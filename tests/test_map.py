@@ -7,8 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from lightning_l2l import cli
-from lightning_l2l.map import Axis, Page, draw, main, pages, table, verdict
+from lightning_l2l import RNNprop, cli
+from lightning_l2l.grids import Axis, Page, pages
+from lightning_l2l.map import draw, main, summary, table, verdict
+from lightning_l2l.rule_files import save_rule
 
 
 @pytest.fixture(autouse=True)
@@ -43,13 +45,32 @@ def test_a_difference_counts_from_two_standard_errors_on_and_a_diverged_run_alwa
     assert float(found["ratio"]) == pytest.approx(float(learned["final_loss"]))
 
 
+def test_adam_at_its_default_rate_is_none_of_the_tuned_optimizers_and_is_kept_beside_them():
+    found = verdict([row("learned", 0.9), row("sgd", 3.0), row("adam", 2.0), row("adam_default", 1.0)])
+    assert found["optimizer"] == "adam" and float(found["ratio"]) == pytest.approx(0.45)
+    assert (found["verdict"], found["adam"], found["adam_default"]) == ("wins", "2.0", "1.0")
+
+
+def test_the_summary_counts_verdicts_and_compares_with_adam():
+    cells = [
+        {"verdict": "wins", "learned": "0.5", "adam": "1.0", "adam_default": "2.0"},
+        {"verdict": "ties", "learned": "1.0", "adam": "1.0", "adam_default": "1.0"},
+        {"verdict": "diverges", "learned": "inf", "adam": "1.0", "adam_default": "2.0"},
+        {"verdict": "loses", "learned": "3.0"},
+    ]
+    assert summary(cells) == (
+        "wins 1, ties 1, loses 1, diverges 1 of 4 cells; median of learned / tuned Adam 1.000; "
+        "no worse than Adam at its default learning rate in 2 of 3"
+    )
+
+
 def test_a_rule_without_a_comparison_has_diverged():
     assert verdict([{"optimizer": "learned"}])["verdict"] == "diverges"
 
 
 @pytest.mark.parametrize("small", [True, False])
 def test_every_cell_is_a_command_that_the_parser_takes(small, tmp_path, capsys):
-    assert len(pages(tmp_path)) == 4
+    assert len(pages(tmp_path)) == 6
     for page in pages(tmp_path, small=small):
         lines, columns = list(page.down.values.values()), list(page.across.values.values())
         for down, across in [*((line, columns[0]) for line in lines), *((lines[-1], column) for column in columns)]:
@@ -92,28 +113,44 @@ def read(path):
 
 
 def test_the_command_runs_every_cell_and_goes_on_where_it_was_stopped(capsys):
-    assert main(["quadratic", "--small", "--only", "Quadratics"]) == 0
+    save_rule(RNNprop(hidden_size=3), Path("own.npz"))
+    command = ["quadratic", "own.npz", "--small", "--only", "Quadratics"]
+    assert main(command) == 0
     told = capsys.readouterr().out
     folder = Path("map/version_0")
     rows = read(folder / "map.csv")
-    assert [(r["dimension"], r["inner steps"]) for r in rows] == [("2", "20"), ("2", "40"), ("10", "20"), ("10", "40")]
-    for number, cell in enumerate(rows):
-        (path,) = (folder / "runs" / str(number)).rglob("comparison.csv")
+    wanted = [(dim, steps, rule) for dim in ("2", "10") for steps in ("20", "40") for rule in ("quadratic", "own")]
+    assert [(r["dimension"], r["inner steps"], r["rule"]) for r in rows] == wanted
+    for cell in rows:
+        place = f"Quadratics_inner_steps_and_dimension-{cell['dimension']}-{cell['inner steps']}"
+        (path,) = (folder / "runs" / place / "quadratic").rglob("comparison.csv")
         learned, *others = read(path)
-        assert cell["learned"] == learned["final_loss"]
-        assert float(cell["ratio"]) == pytest.approx(
-            float(learned["final_loss"]) / min(float(other["final_loss"]) for other in others)
-        )
-        assert learned["num_steps"] == cell["inner steps"]
-    assert (folder / "map.png").stat().st_size > 10_000
-    assert "of 4 cells" in told and "Quadratics: inner steps and dimension" in told
+        assert [other["optimizer"] for other in others] == ["adam", "rmsprop", "sgd", "nag", "adamw", "adam_default"]
+        assert float(others[-1]["lr"]) == 0.001
+        (path,) = (folder / "runs" / place / cell["rule"]).rglob("comparison.csv")
+        learned = read(path)[0]
+        assert cell["learned"] == learned["final_loss"] and learned["num_steps"] == cell["inner steps"]
+        best = min(float(other["final_loss"]) for other in others[:-1])  # tuned once, for both
+        assert float(cell["ratio"]) == pytest.approx(float(learned["final_loss"]) / best)
+    for name in ("quadratic", "own"):
+        assert (folder / f"{name}.png").stat().st_size > 10_000 and f"{name}: wins" in told
+    assert told.count("of 4 cells") == 2 and "Quadratics: inner steps and dimension" in told
 
     lines = (folder / "map.csv").read_text().splitlines()
-    (folder / "map.csv").write_text("\n".join(lines[:3]) + "\n")
-    assert main(["quadratic", "--small", "--only", "Quadratics", "--resume", str(folder)]) == 0
+    (folder / "map.csv").write_text("\n".join(lines[:5]) + "\n")
+    assert main([*command, "--resume", str(folder)]) == 0
     again = capsys.readouterr().out
     assert again.count("[Quadratics") == 2
     assert read(folder / "map.csv") == rows
+
+
+def test_cells_run_side_by_side_as_they_do_one_after_the_other(capsys):
+    command = ["quadratic", "--small", "--only", "Quadratics"]
+    assert main(command) == main([*command, "--jobs", "2"]) == 0
+    assert read(Path("map/version_1/map.csv")) == read(Path("map/version_0/map.csv"))
+    told = capsys.readouterr().out.split("version_1")[-1]
+    assert "Tuned in" not in told
+    assert "Tuned in" in next(Path("map/version_1/runs").glob("*-10-40/log")).read_text()
 
 
 @pytest.mark.parametrize(
@@ -121,6 +158,8 @@ def test_the_command_runs_every_cell_and_goes_on_where_it_was_stopped(capsys):
     [
         (["no_such_rule"], "no rule at 'no_such_rule'"),
         (["quadratic", "--only", "ImageNet"], "'ImageNet' is in the name of no grid"),
+        (["quadratic", "--jobs", "0"], "--jobs 0 is no number of processes"),
+        (["quadratic", "a/quadratic.npz"], "two rules have one name (quadratic, quadratic)"),
     ],
 )
 def test_mistakes_are_told_in_one_line(args, message, capsys):
