@@ -147,25 +147,29 @@ INLINE vec square_root(vec x) {
 /* ---- What a rule sees of a gradient ---- */
 
 enum { IDENTITY, LOG_AND_SIGN, MOMENTS };
+enum { MOST_MEANS = 8 };
 
 typedef struct {
   long hidden, layers;       /* units a layer, layers */
   long kind;                 /* IDENTITY: the gradient; LOG_AND_SIGN: preprocessing.py; MOMENTS: rnnprop.py */
+  long means, clock;         /* of MOMENTS: running means of the gradient, at most MOST_MEANS; 1 with the time, else 0 */
   float p, e_to_p;           /* of LOG_AND_SIGN */
-  float beta1, beta2, eps;   /* of MOMENTS, which has an input layer before the lowest one, and a tanh after the readout */
+  float gain1[MOST_MEANS], gain2, eps; /* of MOMENTS: 1 - beta; it has an input layer first, and a tanh at the end */
   float scale;               /* of the update */
 } Rule;
 
-static long features(const Rule *rule) { return rule->kind == IDENTITY ? 1 : 2; }
+static long features(const Rule *rule) {
+  return rule->kind == MOMENTS ? rule->means + 1 + rule->clock : rule->kind == IDENTITY ? 1 : 2;
+}
 
 /* Rows of what the lowest layer reads of a gradient. */
 static long of_gradient(const Rule *rule) { return rule->kind == MOMENTS ? rule->hidden : features(rule); }
 
 /* Rows of state besides those of the layers, which come first. */
-static long memories(const Rule *rule) { return rule->kind == MOMENTS ? 4 : 0; }
+static long memories(const Rule *rule) { return rule->kind == MOMENTS ? 2 * rule->means + 2 + rule->clock : 0; }
 
-/* Features x [features, TILE] of gradients [TILE]; memory [memories, TILE] is the running means of g and of g^2, and what
- * the weights in each of them add up to. */
+/* Features x [features, TILE] of gradients [TILE]; memory [memories, TILE] is the running means of g and that of g^2, what
+ * the weights in each of them add up to, and the number of steps. */
 INLINE void preprocess(const Rule *rule, const float *restrict gradient, float *restrict memory, float *restrict x) {
   for (int v = 0; v < TILE; v += LANES) {
     vec g = *(const vec *)(gradient + v);
@@ -174,25 +178,35 @@ INLINE void preprocess(const Rule *rule, const float *restrict gradient, float *
       *(vec *)(x + TILE + v) = clamped(g * rule->e_to_p, 1.0f);
     } else if (rule->kind == MOMENTS) {
       g = clamped(g, 1e18f); /* its square has to be a float */
-      vec *m = (vec *)(memory + v), *s = (vec *)(memory + TILE + v);
-      vec *of_m = (vec *)(memory + 2 * TILE + v), *of_s = (vec *)(memory + 3 * TILE + v);
-      *m += (1.0f - rule->beta1) * (g - *m);
-      *s += (1.0f - rule->beta2) * (g * g - *s);
-      *of_m += (1.0f - rule->beta1) * (1.0f - *of_m);
-      *of_s += (1.0f - rule->beta2) * (1.0f - *of_s);
+      long means = rule->means;
+      vec *s = (vec *)(memory + means * TILE + v), *of_s = (vec *)(memory + (2 * means + 1) * TILE + v);
+      *s += rule->gain2 * (g * g - *s);
+      *of_s += rule->gain2 * (1.0f - *of_s);
       vec root = square_root(*s / *of_s) + rule->eps;
-      *(vec *)(x + v) = *m / (*of_m * root);
-      *(vec *)(x + TILE + v) = g / root;
+      for (long k = 0; k < means; k++) {
+        vec *m = (vec *)(memory + k * TILE + v), *of_m = (vec *)(memory + (means + 1 + k) * TILE + v);
+        *m += rule->gain1[k] * (g - *m);
+        *of_m += rule->gain1[k] * (1.0f - *of_m);
+        *(vec *)(x + k * TILE + v) = *m / (*of_m * root);
+      }
+      *(vec *)(x + means * TILE + v) = g / root;
+      if (rule->clock) {
+        vec *steps = (vec *)(memory + (2 * means + 2) * TILE + v);
+        *steps += 1.0f;
+        *(vec *)(x + (means + 1) * TILE + v) = 0.25f * log_abs(1.0f + *steps) - 1.0f;
+      }
     } else
       *(vec *)(x + v) = g;
   }
 }
 
-/* The input layer: to [hidden, TILE] = elu(weights x + bias), the weights of a unit (bias, two features). */
-static void input_layer(long hidden, const float *restrict weights, const float *restrict x, float *restrict to) {
-  for (long j = 0; j < hidden; j++, weights += 3, to += TILE)
+/* The input layer: to [hidden, TILE] = elu(weights x + bias), the weights of a unit (bias, features). */
+static void input_layer(const Rule *rule, const float *restrict weights, const float *restrict x, float *restrict to) {
+  long count = features(rule);
+  for (long j = 0; j < rule->hidden; j++, weights += 1 + count, to += TILE)
     for (int v = 0; v < TILE; v += LANES) {
-      vec sum = weights[0] + weights[1] * *(const vec *)(x + v) + weights[2] * *(const vec *)(x + TILE + v);
+      vec sum = ALL(weights[0]);
+      for (long k = 0; k < count; k++) sum += weights[1 + k] * *(const vec *)(x + k * TILE + v);
       *(vec *)(to + v) = at_least(sum, 0.0f) + (power_of_2(at_most(sum, 0.0f) * LOG2_E, 126.0f) - 1.0f);
     }
 }
@@ -297,8 +311,7 @@ static void pack_forward(const Rule *rule, const float *const *from, float *to) 
     const float *const *input = from + 3 * rule->layers + 2;
     for (long j = 0; j < hidden; j++) {
       *to++ = input[1][j];
-      *to++ = input[0][2 * j];
-      *to++ = input[0][2 * j + 1];
+      for (long k = 0; k < features(rule); k++) *to++ = input[0][features(rule) * j + k];
     }
   }
   for (long layer = 0; layer < rule->layers; layer++, from += 3) {
@@ -329,7 +342,7 @@ static void pack_back(const Rule *rule, const float *const *from, float *to) {
 }
 
 /* Where the layers' weights and the readout's are in what pack_forward writes. */
-static long layers_at(const Rule *rule) { return rule->kind == MOMENTS ? 3 * rule->hidden : 0; }
+static long layers_at(const Rule *rule) { return rule->kind == MOMENTS ? (1 + features(rule)) * rule->hidden : 0; }
 
 static long readout_at(const Rule *rule) {
   long hidden = rule->hidden;
@@ -446,7 +459,7 @@ void lstm_step(const Rule *rule, long n, long stride, const float *restrict weig
       for (long k = 0; k < memories(rule); k++) load_row(memory + k * TILE, remembered + k * stride, m);
       load(h, cells, state + at, stride, hidden, units, m);
       preprocess(rule, given, memory, x);
-      if (rule->kind == MOMENTS) input_layer(hidden, weights, x, inputs);
+      if (rule->kind == MOMENTS) input_layer(rule, weights, x, inputs);
       tile_step(rule, weights + layers_at(rule), inputs, cells, sums, out);
       for (long k = 0; k < memories(rule); k++) copy(remembered + k * stride, memory + k * TILE, m);
       for (long k = 0; k < units; k++) {
@@ -559,7 +572,7 @@ typedef struct {
   float *d_hidden;  /* [units, TILE] */
   float *d_inputs;  /* [2 hidden padded to 4, TILE] */
   float *turned;    /* [TILE, fan_in padded] */
-  float *totals;    /* a layer: [4 hidden, columns(layer)]; the readout: [hidden + 1, TILE]; the input layer: [hidden, 3, TILE] */
+  float *totals;    /* a layer: [4 hidden, columns(layer)]; the readout: [hidden + 1, TILE]; the input layer: [layers_at, TILE] */
   float *end;
 } Tile;
 
@@ -582,7 +595,7 @@ static Tile lay_out(const Rule *rule, long steps, float *at) {
   t.d_inputs = t.d_hidden + t.units * TILE;
   t.turned = t.d_inputs + padded(2 * hidden, 4) * TILE;
   t.totals = t.turned + padded(2 * hidden + features(rule) + 1, LANES) * TILE;
-  t.end = t.totals + (hidden + 1 + input * 3 * hidden) * TILE;
+  t.end = t.totals + (hidden + 1 + layers_at(rule)) * TILE;
   for (long layer = 0; layer < rule->layers; layer++) t.end += 4 * hidden * columns(rule, layer);
   return t;
 }
@@ -594,7 +607,7 @@ static void tile_forward(const Tile *t, const float *weights) {
     const float *w = weights + layers_at(rule);
     float *in = t->x + step * of_gradient(rule) * TILE, *seen = t->seen + step * features(rule) * TILE;
     preprocess(rule, t->gradients + step * TILE, t->memory, seen);
-    if (rule->kind == MOMENTS) input_layer(hidden, weights, seen, in);
+    if (rule->kind == MOMENTS) input_layer(rule, weights, seen, in);
     for (long layer = 0; layer < rule->layers; layer++) {
       const float *own = t->states + (step * t->units + layer * hidden) * TILE;
       float *next = (float *)own + t->units * TILE;
@@ -631,13 +644,13 @@ static void readout_backward(const Tile *t, long step, const float *readout, con
 
 /* The input layer: the gradients of its weights, from those of what it made of the features. */
 static void input_backward(const Tile *t, long step, const float *d, float *total) {
-  const float *x = t->seen + step * 2 * TILE, *made = t->x + step * t->rule->hidden * TILE;
-  for (long j = 0; j < t->rule->hidden; j++, d += TILE, made += TILE, total += 3 * TILE)
+  long count = features(t->rule);
+  const float *x = t->seen + step * count * TILE, *made = t->x + step * t->rule->hidden * TILE;
+  for (long j = 0; j < t->rule->hidden; j++, d += TILE, made += TILE, total += (1 + count) * TILE)
     for (int v = 0; v < TILE; v += LANES) {
       vec d_sum = *(vec *)(d + v) * (at_most(*(vec *)(made + v), 0.0f) + 1.0f);
       *(vec *)(total + v) += d_sum;
-      *(vec *)(total + TILE + v) += d_sum * *(vec *)(x + v);
-      *(vec *)(total + 2 * TILE + v) += d_sum * *(vec *)(x + TILE + v);
+      for (long k = 0; k < count; k++) *(vec *)(total + (1 + k) * TILE + v) += d_sum * *(vec *)(x + k * TILE + v);
     }
 }
 
@@ -664,7 +677,7 @@ static void layer_backward(const Tile *t, long step, long layer, const float *we
 static void tile_backward(const Tile *t, const float *readout, const float *back, const float *of_losses,
                           const float *beside, long n, long m) {
   const Rule *rule = t->rule;
-  long hidden = rule->hidden, input = rule->kind == MOMENTS ? 3 * hidden : 0;
+  long hidden = rule->hidden, input = layers_at(rule);
   float *of_input = t->end - input * TILE, *of_readout = of_input - (hidden + 1) * TILE;
   float cotangent[TILE] __attribute__((aligned(64))) = {0}, whole[TILE] __attribute__((aligned(64)));
   memset(t->cells, 0, t->units * TILE * sizeof(float));
@@ -704,7 +717,7 @@ static void add_totals(const Tile *t, double *restrict to) {
 }
 
 /* Numbers of gradients: a layer's [4 hidden, fan_in] (below, own, bias), the readout's [hidden + 1] (weight, bias), the
- * input layer's [hidden, 3] (bias, weight). */
+ * input layer's [hidden, 1 + features] (bias, weight). */
 long lstm_gradient_size(const Rule *rule) {
   long size = rule->hidden + 1 + layers_at(rule);
   for (long layer = 0; layer < rule->layers; layer++) size += 4 * rule->hidden * fan_in(rule, layer);

@@ -26,6 +26,8 @@ from torch import Tensor
 from lightning_l2l.rules.base import RuleUnroll
 
 SOURCE = Path(__file__).with_name("fused.c")
+#: Running means of the gradient that a rule with moments may have.
+MOST_MEANS = 8
 FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-shared", "-fPIC")
 
 
@@ -38,24 +40,36 @@ class FusedRule(ctypes.Structure):
     """A rule's numbers, as `Rule` in fused.c has them."""
 
     _fields_ = (
-        *((name, ctypes.c_long) for name in ("hidden", "layers", "kind")),
-        *((name, ctypes.c_float) for name in ("p", "e_to_p", "beta1", "beta2", "eps", "scale")),
+        *((name, ctypes.c_long) for name in ("hidden", "layers", "kind", "means", "clock")),
+        *((name, ctypes.c_float) for name in ("p", "e_to_p")),
+        ("gain1", ctypes.c_float * MOST_MEANS),
+        *((name, ctypes.c_float) for name in ("gain2", "eps", "scale")),
     )
 
     @classmethod
-    def of(cls, kind: str, hidden: int, layers: int, scale: float, **numbers: float) -> FusedRule:
+    def of(
+        cls, kind: str, hidden: int, layers: int, scale: float, gain1: Sequence[float] = (), /, **numbers: float
+    ) -> FusedRule:
         """Hidden units, layers and factor on the update of a rule of this `kind`, which is among `KINDS`.
 
-        "log_and_sign" needs its `p`; "moments" needs `beta1`, `beta2` and `eps`.
+        "log_and_sign" needs its `p`; "moments" needs `gain1`, 1 - beta of each mean, `gain2`, `eps`, and `clock`,
+        whether the time is a feature.
         """
         if "p" in numbers:
             numbers["e_to_p"] = math.exp(numbers["p"])
-        return cls(hidden=hidden, layers=layers, kind=KINDS.index(kind), scale=scale, **numbers)
+        rule = cls(hidden=hidden, layers=layers, kind=KINDS.index(kind), means=len(gain1), scale=scale, **numbers)
+        rule.gain1[: len(gain1)] = list(gain1)
+        return rule
 
     @property
     def of_gradient(self) -> int:
         """Rows that the lowest layer reads of a gradient."""
         return (1, 2, self.hidden)[self.kind]
+
+    @property
+    def features(self) -> int:
+        """Rows that are made of a gradient."""
+        return (1, 2, self.means + 1 + self.clock)[self.kind]
 
 
 #: What a rule sees of a gradient: itself, appendix A, or its moments, by an input layer and with a tanh at the end.
@@ -69,8 +83,8 @@ class FusedLSTM:
         library: What `fused_for` gave.
         rule: Its numbers.
         weights: Of each layer, lowest first, weight_ih `[4 H, in]`, weight_hh `[4 H, H]` and bias `[4 H]`; of the
-            readout, weight `[1, H]` and bias `[1]`; of the input layer, where there is one, weight `[H, 2]` and
-            bias `[H]`.
+            readout, weight `[1, H]` and bias `[1]`; of the input layer, where there is one, weight `[H, features]`
+            and bias `[H]`.
         back: Whether `gradients` will be wanted.
     """
 
@@ -86,8 +100,8 @@ class FusedLSTM:
 
         Args:
             gradient: `[num_coordinates]`, contiguous.
-            state: `[2 * H * layers (+ 4 with moments), num_coordinates]`, rows (h, c) a layer, then those of the
-                moments; only columns must be adjacent.
+            state: `[state_size, num_coordinates]`, rows (h, c) a layer, then those of the moments; only columns must
+                be adjacent.
 
         Returns:
             The update `[num_coordinates]`.
@@ -131,7 +145,7 @@ class FusedLSTM:
         readout, total = total.tensor_split([hidden + 1])
         found += [readout[None, :hidden], readout[hidden:]]
         if len(total):
-            bias, weight = total.view(hidden, 3).tensor_split([1], 1)
+            bias, weight = total.view(hidden, 1 + self.rule.features).tensor_split([1], 1)
             found += [weight, bias[:, 0]]
         return found
 

@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_l2l.arguments import brief, check_positive, is_number
+from lightning_l2l.arguments import brief, check_flag, check_positive, is_number
 from lightning_l2l.rules.base import Memory, RuleUnroll, UpdateRule
-from lightning_l2l.rules.fused import FusedLSTM, FusedRule, FusedUnroll, fused_for
+from lightning_l2l.rules.fused import MOST_MEANS, FusedLSTM, FusedRule, FusedUnroll, fused_for
 from lightning_l2l.rules.lstm import (
     check_output_scale,
     check_sizes,
@@ -19,7 +19,6 @@ from lightning_l2l.rules.lstm import (
     run_layers,
 )
 
-_MOMENTS = 4  # rows of state
 _LARGEST = 1e18  # of a gradient: its square has to be a float32
 
 
@@ -36,16 +35,20 @@ class RNNprop(UpdateRule):
     the rule does not see how large gradients are, only how they change, and no update exceeds alpha: it is meant for
     horizons and activations other than those of meta-training.
 
-    State: `[2 * hidden_size * num_layers + 4, num_coordinates]`, rows (h, c) of the lowest layer first, then the
-    running means of the gradient and of its square, and what the weights in each of them add up to.
+    What goes beyond the paper, and is off by default: several means, fast and slow ones, tell a direction from noise;
+    and with the time the rule can make its updates smaller as training goes on.
+
+    State: `[state_size, num_coordinates]`, rows (h, c) of the lowest layer first, then the running means of the
+    gradient and that of its square, what the weights in each of them add up to, and the number of steps.
 
     Args:
         hidden_size: Hidden units a layer, and units of the input layer; at least 1.
         num_layers: LSTM layers, at least 1.
-        beta1: Decay of the running mean of gradients a *inner step*, in [0, 1).
+        beta1: Decay of the running mean of gradients an *inner step*, in [0, 1); a list of up to 8 has a mean for each.
         beta2: Decay of that of their squares, in [0, 1).
         eps: Epsilon, above 0: gradients far below it count as none.
         output_scale: Alpha, the bound on the absolute update; not zero.
+        time: Whether the number t of *inner steps* is an input as well, as log(1 + t) / 4 - 1.
 
     Raises:
         ValueError: A size below 1 or one that needs more memory than there is, or another argument out of range.
@@ -65,23 +68,29 @@ class RNNprop(UpdateRule):
         self,
         hidden_size: int = 20,
         num_layers: int = 2,
-        beta1: float = 0.95,
+        beta1: float | list[float] = 0.95,
         beta2: float = 0.95,
         eps: float = 1e-8,
         output_scale: float = 0.1,
+        time: bool = False,
     ) -> None:
         super().__init__()
         check_sizes(hidden_size, num_layers)
-        for name, beta in (("beta1", beta1), ("beta2", beta2)):
+        means = list(beta1) if isinstance(beta1, list | tuple) else [beta1]
+        if not 1 <= len(means) <= MOST_MEANS:
+            raise ValueError(f"beta1={brief(beta1)} are {len(means)} numbers; give 1 to {MOST_MEANS}")
+        for name, beta in (*(("beta1", one) for one in means), ("beta2", beta2)):
             if not is_number(beta) or not 0 <= beta < 1:
                 raise ValueError(f"{name}={brief(beta)} is out of range; use a number from 0 to below 1, such as 0.95")
+        check_flag(time=time)
         check_positive(eps=eps)
         check_output_scale(output_scale)
         self.hidden_size, self.num_layers = hidden_size, num_layers
-        self.beta1, self.beta2, self.eps, self.output_scale = beta1, beta2, eps, output_scale
+        self.beta1, self.beta2, self.eps, self.output_scale, self.time = beta1, beta2, eps, output_scale, time
+        self._gains = [1 - beta for beta in means]  # of beta itself, float32 would lose digits
         register_layers(self, hidden_size, hidden_size, num_layers)
         self.readout = nn.Linear(hidden_size, 1)
-        self.input = nn.Linear(2, hidden_size)
+        self.input = nn.Linear(len(means) + 1 + time, hidden_size)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -91,22 +100,26 @@ class RNNprop(UpdateRule):
     @property
     def state_size(self) -> int:
         """Numbers of state a coordinate: h and c of every layer, and the moments."""
-        return 2 * self.hidden_size * self.num_layers + _MOMENTS
+        return 2 * self.hidden_size * self.num_layers + 2 * len(self._gains) + 2 + self.time
 
     def forward(self, gradient: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
         """See `UpdateRule.forward`."""
-        of_layers, (mean, square, of_mean, of_square) = state[:-_MOMENTS], state[-_MOMENTS:]
+        num = len(self._gains)
+        sizes = [2 * self.hidden_size * self.num_layers, num, 1, num, 1, int(self.time)]
+        of_layers, means, square, of_means, of_square, steps = torch.split(state, sizes)
         gradient = gradient.clamp(-_LARGEST, _LARGEST)
-        mean = torch.lerp(gradient, mean, self.beta1)
-        square = torch.lerp(gradient.square(), square, self.beta2)
-        of_mean = 1 - self.beta1 * (1 - of_mean)
-        of_square = 1 - self.beta2 * (1 - of_square)
+        gains = gradient.new_tensor(self._gains)[:, None]
+        means = torch.lerp(means, gradient.expand(num, -1), gains)  # [num, num_coordinates]
+        square = torch.lerp(square, gradient.square(), 1 - self.beta2)
+        of_means = of_means + gains * (1 - of_means)
+        of_square = of_square + (1 - self.beta2) * (1 - of_square)
+        steps = steps + 1
         size = (square / of_square).sqrt() + self.eps
-        x = torch.stack([mean / (of_mean * size), gradient / size])  # [2, num_coordinates]
+        x = torch.cat([means / (of_means * size), gradient / size, torch.log1p(steps) / 4 - 1])
         x = nn.functional.elu(self.input(x.t())).t()
         h, after = run_layers(layers_of(self, self.num_layers), x, of_layers)
         update = self.output_scale * torch.tanh(self.readout(h.t())[:, 0])
-        return update, torch.cat([after, torch.stack([mean, square, of_mean, of_square])])
+        return update, torch.cat([after, means, square, of_means, of_square, steps])
 
     @torch.no_grad()
     def step_(self, gradient: Tensor, state: Tensor) -> Tensor:
@@ -133,6 +146,6 @@ class RNNprop(UpdateRule):
 
     def _fused(self, library: Any, *, back: bool = False) -> FusedLSTM:
         """The compiled kernel with this rule's weights as they are now; `back` for the backward pass too."""
-        numbers = {"beta1": self.beta1, "beta2": self.beta2, "eps": self.eps}
-        rule = FusedRule.of("moments", self.hidden_size, self.num_layers, self.output_scale, **numbers)
+        numbers = {"gain2": 1 - self.beta2, "eps": self.eps, "clock": self.time}
+        rule = FusedRule.of("moments", self.hidden_size, self.num_layers, self.output_scale, self._gains, **numbers)
         return FusedLSTM(library, rule, list(self.parameters()), back=back)

@@ -12,10 +12,16 @@ from lightning_l2l.rules import CoordinatewiseLSTM, RNNprop, fused
 
 compiler = pytest.mark.skipif(shutil.which(os.environ.get("CC", "cc")) is None, reason="no C compiler here")
 
+
+def make_with_time(**options):
+    return RNNprop(beta1=[0.5, 0.9, 0.99], beta2=0.999, time=True, **options)
+
+
 KINDS = {
     "identity": lambda: CoordinatewiseLSTM(preprocessing="identity"),
     "log_and_sign": lambda: CoordinatewiseLSTM(),
     "moments": lambda: RNNprop(),
+    "moments and time": make_with_time,
 }
 
 
@@ -31,7 +37,7 @@ def run(rule, gradients, memory, weights=None, beside=None):
 @compiler
 @pytest.mark.parametrize("memory", ["fast", "flat"])
 @pytest.mark.parametrize("num_layers", [1, 2, 3])
-@pytest.mark.parametrize("make", [CoordinatewiseLSTM, RNNprop])
+@pytest.mark.parametrize("make", [CoordinatewiseLSTM, RNNprop, make_with_time])
 @pytest.mark.parametrize("beside", [None, torch.linspace(-1, 3, 20 * 2001).view(20, 2001)], ids=["alone", "beside"])
 def test_compiled_and_plain_agree(monkeypatch, beside, make, num_layers, memory):
     assert fused.fused_for(torch.empty(0)) is not None
