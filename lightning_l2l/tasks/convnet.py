@@ -11,8 +11,9 @@ _MOST_CONVS = 8
 class ConvNet(nn.Module):
     """Convolutions with max-pooling and one hidden layer; the defaults are the CIFAR-10 optimizee of the paper.
 
-    A convolution of 3 x 3, batch norm, the activation and max-pooling by 2, ``num_convs`` times; then a fully
-    connected layer of ``hidden_size`` units with batch norm and the activation, and the outputs. The names of the
+    A convolution of 3 x 3, batch norm, max-pooling by 2 and the activation, ``num_convs`` times (pooled first, there
+    is a quarter to do for the activation, and all that are monotone give the same either way); then a fully connected
+    layer of ``hidden_size`` units with batch norm and the activation, and the outputs. The names of the
     convolutional part's parameters begin with ``conv``, those of the other part with ``fc``. (How many channels the
     paper's network has is not said there.)
 
@@ -70,7 +71,7 @@ class ConvNet(nn.Module):
             # A bias would be taken out again by the batch norm's mean.
             convs.append(nn.Conv2d(channels if k else in_channels, channels, 3, padding=1, bias=not batch_norm))
             convs += [nn.BatchNorm2d(channels)] if batch_norm else []
-            convs += [ACTIVATIONS[activation](), nn.MaxPool2d(2)]
+            convs += [nn.MaxPool2d(2), ACTIVATIONS[activation]()]
         self.conv = nn.Sequential(*convs)
         norm = [nn.BatchNorm1d(hidden_size)] if batch_norm else []
         self.fc = nn.Sequential(

@@ -18,7 +18,7 @@ def test_default_is_three_convolutions_and_a_layer_of_32_with_batch_norm():
 @pytest.mark.parametrize("batch_norm", [True, False])
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("num_convs, image_size", [(1, 2), (2, 7), (3, 8)])
-def test_it_is_conv_norm_activation_and_pooling_again_and_again(num_convs, image_size, activation, batch_norm):
+def test_it_is_conv_norm_pooling_and_activation_again_and_again(num_convs, image_size, activation, batch_norm):
     torch.manual_seed(0)
     net = ConvNet(image_size, 2, 4, num_convs, 5, 3, activation, batch_norm)
     x = images = torch.randn(6, 2, image_size, image_size)
@@ -28,9 +28,12 @@ def test_it_is_conv_norm_activation_and_pooling_again_and_again(num_convs, image
         x = net.conv[step * k](x)
         if batch_norm:
             x = (x - x.mean((0, 2, 3), keepdim=True)) / (x.var((0, 2, 3), unbiased=False, keepdim=True) + 1e-5).sqrt()
-        x = act(x)
+        if activation != "gelu":  # the others are monotone: to pool first gives the same
+            x = act(x)
         side = x.shape[-1] // 2
         x = x[..., : 2 * side, : 2 * side].unflatten(3, (side, 2)).unflatten(2, (side, 2)).amax((3, 5))
+        if activation == "gelu":
+            x = act(x)
     x = net.fc[1](x.flatten(1))
     if batch_norm:
         x = (x - x.mean(0)) / (x.var(0, unbiased=False) + 1e-5).sqrt()
