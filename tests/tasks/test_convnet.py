@@ -5,6 +5,8 @@ from torch import nn
 from lightning_l2l.tasks import ConvNet, NetworkTask, init_from_seeds
 from lightning_l2l.tasks.mlp import ACTIVATIONS
 
+NOT_MONOTONE = ("gelu", "silu")
+
 
 def test_default_is_three_convolutions_and_a_layer_of_32_with_batch_norm():
     net = ConvNet()
@@ -28,11 +30,11 @@ def test_it_is_conv_norm_pooling_and_activation_again_and_again(num_convs, image
         x = net.conv[step * k](x)
         if batch_norm:
             x = (x - x.mean((0, 2, 3), keepdim=True)) / (x.var((0, 2, 3), unbiased=False, keepdim=True) + 1e-5).sqrt()
-        if activation != "gelu":  # the others are monotone: to pool first gives the same
+        if activation not in NOT_MONOTONE:  # with the others, to pool first gives the same
             x = act(x)
         side = x.shape[-1] // 2
         x = x[..., : 2 * side, : 2 * side].unflatten(3, (side, 2)).unflatten(2, (side, 2)).amax((3, 5))
-        if activation == "gelu":
+        if activation in NOT_MONOTONE:
             x = act(x)
     x = net.fc[1](x.flatten(1))
     if batch_norm:
