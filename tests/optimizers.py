@@ -54,13 +54,14 @@ LSTMS = {
     "rnnprop-one-layer": lambda: RNNprop(hidden_size=3, num_layers=1, beta1=0.5, beta2=0.9, output_scale=-0.5),
     "rnnprop-one-unit": lambda: RNNprop(hidden_size=1, num_layers=3, beta1=0.0),
     "rnnprop-means-and-time": lambda: RNNprop(hidden_size=3, beta1=[0.0, 0.9, 0.99], beta2=0.999, time=True),
+    "rnnprop-decay": lambda: RNNprop(hidden_size=4, decay=2),
 }
 
 
 def possible(rule, state):
     """A state drawn at random, made one that there can be: means of squares and sums of weights are not negative."""
     if isinstance(rule, RNNprop):
-        first = 2 * rule.hidden_size * rule.num_layers + rule.input.in_features - 1 - rule.time  # after the means
+        first = 2 * rule.hidden_size * rule.num_layers + rule.input.in_features - 1 - rule.time  # past the means
         state[first:] = state[first:].abs().clamp(max=1)
     return state
 

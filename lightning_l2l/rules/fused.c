@@ -152,21 +152,27 @@ enum { MOST_MEANS = 8 };
 typedef struct {
   long hidden, layers;       /* units a layer, layers */
   long kind;                 /* IDENTITY: the gradient; LOG_AND_SIGN: preprocessing.py; MOMENTS: rnnprop.py */
-  long means, clock;         /* of MOMENTS: running means of the gradient, at most MOST_MEANS; 1 with the time, else 0 */
+  long means;                /* of MOMENTS: running means of the gradient, at most MOST_MEANS */
+  long time, decay;          /* of MOMENTS: whether the time is a feature; steps until updates shrink, or 0 */
   float p, e_to_p;           /* of LOG_AND_SIGN */
   float gain1[MOST_MEANS], gain2, eps; /* of MOMENTS: 1 - beta; it has an input layer first, and a tanh at the end */
   float scale;               /* of the update */
 } Rule;
 
 static long features(const Rule *rule) {
-  return rule->kind == MOMENTS ? rule->means + 1 + rule->clock : rule->kind == IDENTITY ? 1 : 2;
+  return rule->kind == MOMENTS ? rule->means + 1 + rule->time : rule->kind == IDENTITY ? 1 : 2;
 }
 
 /* Rows of what the lowest layer reads of a gradient. */
 static long of_gradient(const Rule *rule) { return rule->kind == MOMENTS ? rule->hidden : features(rule); }
 
 /* Rows of state besides those of the layers, which come first. */
-static long memories(const Rule *rule) { return rule->kind == MOMENTS ? 2 * rule->means + 2 + rule->clock : 0; }
+static long memories(const Rule *rule) {
+  return rule->kind == MOMENTS ? 2 * rule->means + 2 + (rule->time || rule->decay) : 0;
+}
+
+/* The row with the number of steps, where there is one. */
+static const float *clock_of(const Rule *rule, const float *memory) { return memory + (2 * rule->means + 2) * TILE; }
 
 /* Features x [features, TILE] of gradients [TILE]; memory [memories, TILE] is the running means of g and that of g^2, what
  * the weights in each of them add up to, and the number of steps. */
@@ -190,11 +196,9 @@ INLINE void preprocess(const Rule *rule, const float *restrict gradient, float *
         *(vec *)(x + k * TILE + v) = *m / (*of_m * root);
       }
       *(vec *)(x + means * TILE + v) = g / root;
-      if (rule->clock) {
-        vec *steps = (vec *)(memory + (2 * means + 2) * TILE + v);
-        *steps += 1.0f;
-        *(vec *)(x + (means + 1) * TILE + v) = 0.25f * log_abs(1.0f + *steps) - 1.0f;
-      }
+      vec *steps = (vec *)(memory + (2 * means + 2) * TILE + v);
+      if (rule->time || rule->decay) *steps += 1.0f;
+      if (rule->time) *(vec *)(x + (means + 1) * TILE + v) = 0.25f * log_abs(1.0f + *steps) - 1.0f;
     } else
       *(vec *)(x + v) = g;
   }
@@ -412,10 +416,17 @@ INLINE void unit(const float *restrict sums, float *restrict cell, float *restri
   *(vec *)hidden = (1.0f - tau) * reciprocal(o * (1.0f + tau));
 }
 
+/* Factor on the bounded updates of a tile, vector v, after so many steps, of which `clock` has `more` by now. */
+INLINE vec bound(const Rule *rule, const float *restrict clock, int v, long more) {
+  vec found = ALL(rule->scale);
+  if (rule->decay) found /= square_root(1.0f + (((const vec *)clock)[v] - (float)more) / (float)rule->decay);
+  return found;
+}
+
 /* inputs: rows x, h of the lowest layer, h of the next, ...; a layer reads what is below and its own h, which are
  * adjacent, and writes its own h: the next layer's input. */
 static void tile_step(const Rule *rule, const float *restrict weights, float *restrict inputs, float *restrict cells,
-                      float *restrict sums, float *restrict update) {
+                      float *restrict sums, const float *restrict clock, float *restrict update) {
   long hidden = rule->hidden;
   for (long layer = 0; layer < rule->layers; layer++) {
     long below = layer ? hidden : of_gradient(rule);
@@ -427,7 +438,7 @@ static void tile_step(const Rule *rule, const float *restrict weights, float *re
   for (int v = 0; v < WIDE; v++) {
     vec sum = ALL(weights[0]);
     for (long j = 0; j < hidden; j++) sum += weights[1 + j] * ((vec *)(inputs + j * TILE))[v];
-    if (rule->kind == MOMENTS) sum = rule->scale * tanh_of(sum);
+    if (rule->kind == MOMENTS) sum = bound(rule, clock, v, 0) * tanh_of(sum);
     ((vec *)update)[v] = sum;
   }
 }
@@ -460,7 +471,7 @@ void lstm_step(const Rule *rule, long n, long stride, const float *restrict weig
       load(h, cells, state + at, stride, hidden, units, m);
       preprocess(rule, given, memory, x);
       if (rule->kind == MOMENTS) input_layer(rule, weights, x, inputs);
-      tile_step(rule, weights + layers_at(rule), inputs, cells, sums, out);
+      tile_step(rule, weights + layers_at(rule), inputs, cells, sums, clock_of(rule, memory), out);
       for (long k = 0; k < memories(rule); k++) copy(remembered + k * stride, memory + k * TILE, m);
       for (long k = 0; k < units; k++) {
         float *row = state + (k + k / hidden * hidden) * stride + at;
@@ -632,7 +643,7 @@ static void readout_backward(const Tile *t, long step, const float *readout, con
       vec sum = ALL(readout[0]);
       for (long j = 0; j < hidden; j++) sum += readout[1 + j] * *(vec *)(top + j * TILE + v);
       sum = tanh_of(sum);
-      c *= t->rule->scale * (1.0f - sum * sum);
+      c *= bound(t->rule, clock_of(t->rule, t->memory), v / LANES, t->steps - 1 - step) * (1.0f - sum * sum);
     }
     for (long j = 0; j < hidden; j++) {
       *(vec *)(total + j * TILE + v) += c * *(vec *)(top + j * TILE + v);

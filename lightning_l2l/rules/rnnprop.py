@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_l2l.arguments import brief, check_flag, check_positive, is_number
+from lightning_l2l.arguments import MOST, brief, check_at_least, check_flag, check_positive, is_number
 from lightning_l2l.rules.base import Memory, RuleUnroll, UpdateRule
 from lightning_l2l.rules.fused import MOST_MEANS, FusedLSTM, FusedRule, FusedUnroll, fused_for
 from lightning_l2l.rules.lstm import (
@@ -35,8 +35,9 @@ class RNNprop(UpdateRule):
     the rule does not see how large gradients are, only how they change, and no update exceeds alpha: it is meant for
     horizons and activations other than those of meta-training.
 
-    What goes beyond the paper, and is off by default: several means, fast and slow ones, tell a direction from noise;
-    and with the time the rule can make its updates smaller as training goes on.
+    What goes beyond the paper, and is off by default: several means, fast and slow ones; the time as an input; and a
+    bound alpha_t = alpha / sqrt(1 + t / decay) that falls. Without that a rule which never sees how large gradients are
+    keeps on making steps as large as the noise lets it, and over thousands of steps comes no closer.
 
     State: `[state_size, num_coordinates]`, rows (h, c) of the lowest layer first, then the running means of the
     gradient and that of its square, what the weights in each of them add up to, and the number of steps.
@@ -48,7 +49,8 @@ class RNNprop(UpdateRule):
         beta2: Decay of that of their squares, in [0, 1).
         eps: Epsilon, above 0: gradients far below it count as none.
         output_scale: Alpha, the bound on the absolute update; not zero.
-        time: Whether the number t of *inner steps* is an input as well, as log(1 + t) / 4 - 1.
+        time: Whether the number t of *inner steps*, 1 at the first, is an input as well, as log(1 + t) / 4 - 1.
+        decay: *Inner steps* after which the bound has fallen by sqrt(2), at least 1; None: it stays as it is.
 
     Raises:
         ValueError: A size below 1 or one that needs more memory than there is, or another argument out of range.
@@ -73,6 +75,7 @@ class RNNprop(UpdateRule):
         eps: float = 1e-8,
         output_scale: float = 0.1,
         time: bool = False,
+        decay: int | None = None,
     ) -> None:
         super().__init__()
         check_sizes(hidden_size, num_layers)
@@ -83,10 +86,12 @@ class RNNprop(UpdateRule):
             if not is_number(beta) or not 0 <= beta < 1:
                 raise ValueError(f"{name}={brief(beta)} is out of range; use a number from 0 to below 1, such as 0.95")
         check_flag(time=time)
+        check_at_least(1, MOST, optional=True, decay=decay)
         check_positive(eps=eps)
         check_output_scale(output_scale)
         self.hidden_size, self.num_layers = hidden_size, num_layers
-        self.beta1, self.beta2, self.eps, self.output_scale, self.time = beta1, beta2, eps, output_scale, time
+        self.beta1, self.beta2, self.eps, self.output_scale = beta1, beta2, eps, output_scale
+        self.time, self.decay = time, decay
         self._gains = [1 - beta for beta in means]  # of beta itself, float32 would lose digits
         register_layers(self, hidden_size, hidden_size, num_layers)
         self.readout = nn.Linear(hidden_size, 1)
@@ -98,14 +103,19 @@ class RNNprop(UpdateRule):
         draw_uniform(self, self.hidden_size)
 
     @property
+    def _has_clock(self) -> int:
+        """Rows of state with the number of steps: 1 or 0."""
+        return int(self.time or self.decay is not None)
+
+    @property
     def state_size(self) -> int:
         """Numbers of state a coordinate: h and c of every layer, and the moments."""
-        return 2 * self.hidden_size * self.num_layers + 2 * len(self._gains) + 2 + self.time
+        return 2 * self.hidden_size * self.num_layers + 2 * len(self._gains) + 2 + self._has_clock
 
     def forward(self, gradient: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
         """See `UpdateRule.forward`."""
         num = len(self._gains)
-        sizes = [2 * self.hidden_size * self.num_layers, num, 1, num, 1, int(self.time)]
+        sizes = [2 * self.hidden_size * self.num_layers, num, 1, num, 1, self._has_clock]
         of_layers, means, square, of_means, of_square, steps = torch.split(state, sizes)
         gradient = gradient.clamp(-_LARGEST, _LARGEST)
         gains = gradient.new_tensor(self._gains)[:, None]
@@ -115,10 +125,14 @@ class RNNprop(UpdateRule):
         of_square = of_square + (1 - self.beta2) * (1 - of_square)
         steps = steps + 1
         size = (square / of_square).sqrt() + self.eps
-        x = torch.cat([means / (of_means * size), gradient / size, torch.log1p(steps) / 4 - 1])
+        x = torch.cat([means / (of_means * size), gradient / size])
+        if self.time:
+            x = torch.cat([x, torch.log1p(steps) / 4 - 1])
         x = nn.functional.elu(self.input(x.t())).t()
         h, after = run_layers(layers_of(self, self.num_layers), x, of_layers)
         update = self.output_scale * torch.tanh(self.readout(h.t())[:, 0])
+        if self.decay is not None:
+            update = update / (1 + steps[0] / self.decay).sqrt()
         return update, torch.cat([after, means, square, of_means, of_square, steps])
 
     @torch.no_grad()
@@ -146,6 +160,6 @@ class RNNprop(UpdateRule):
 
     def _fused(self, library: Any, *, back: bool = False) -> FusedLSTM:
         """The compiled kernel with this rule's weights as they are now; `back` for the backward pass too."""
-        numbers = {"gain2": 1 - self.beta2, "eps": self.eps, "clock": self.time}
+        numbers = {"gain2": 1 - self.beta2, "eps": self.eps, "time": self.time, "decay": self.decay or 0}
         rule = FusedRule.of("moments", self.hidden_size, self.num_layers, self.output_scale, self._gains, **numbers)
         return FusedLSTM(library, rule, list(self.parameters()), back=back)

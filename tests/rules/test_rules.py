@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_l2l.rules import CoordinatewiseLSTM
+from lightning_l2l.rules import CoordinatewiseLSTM, RNNprop
 from lightning_l2l.rules.base import AutogradUnroll, blocks
 from optimizers import LSTMS, LearnedMomentum, possible
 
@@ -177,3 +177,24 @@ def test_blocks_cover_everything_once(total, largest):
     parts = list(blocks(total, largest))
     assert [i for part in parts for i in range(part.start, part.stop)] == list(range(total))
     assert all(part.stop - part.start <= largest for part in parts)
+
+
+def test_the_bound_of_rnnprop_falls_with_the_root_of_time_and_the_time_is_an_input():
+    torch.manual_seed(0)
+    plain, gradients = RNNprop(hidden_size=3, num_layers=1), torch.randn(9, 5)
+    falling, timed = RNNprop(3, 1, decay=4), RNNprop(3, 1, time=True)
+    falling.load_state_dict(plain.state_dict())
+    states = [rule.init_state(5) for rule in (plain, falling, timed)]
+    for t, gradient in enumerate(gradients, 1):
+        want, states[0] = plain(gradient, states[0])
+        found, states[1] = falling(gradient, states[1])
+        torch.testing.assert_close(found, want / (1 + t / 4) ** 0.5)
+        _, states[2] = timed(gradient, states[2])
+        assert states[1][-1].tolist() == states[2][-1].tolist() == [t] * 5
+    with torch.no_grad():
+        timed.input.weight[:, :2] = timed.input.bias[:] = 0
+        timed.input.weight[:, 2] = 1
+    seen = []
+    timed.input.register_forward_hook(lambda layer, given, made: seen.append(made))
+    timed(gradients[0], states[2])
+    torch.testing.assert_close(seen[0], torch.full((5, 3), math.log(11) / 4 - 1))
