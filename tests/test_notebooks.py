@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 FOLDER = Path(__file__).parent.parent / "notebooks"
-NAMES = ["01_quadratics.ipynb", "02_mnist.ipynb", "03_your_own_model.ipynb"]
+NAMES = ["01_quadratics.ipynb", "02_mnist.ipynb", "03_your_own_model.ipynb", "04_where_it_breaks.ipynb"]
 ALLOWED = {"lightning_l2l", "torch", "lightning", "matplotlib", "IPython", "numpy"} | sys.stdlib_module_names
 ABSOLUTE = re.compile(r"(?<![\w.:/<])/[\w.-]+/[\w.-]+|\b[A-Z]:\\")
 LARGEST = 1_500_000  # bytes: what a repository, and its viewer on the web, take well
@@ -93,8 +93,9 @@ def test_needs_nothing_but_the_package_and_what_comes_with_it(name):
     assert not [cell for cell in read(name)["cells"] if ABSOLUTE.search(text(cell["source"]))]
 
 
-def test_mnist_notebook_shows_real_mnist():
-    assert not [output for output in outputs("02_mnist.ipynb") if "not MNIST images" in shown_text(output)]
+@pytest.mark.parametrize("name", ["02_mnist.ipynb", "04_where_it_breaks.ipynb"])
+def test_notebooks_on_mnist_show_real_mnist(name):
+    assert not [output for output in outputs(name) if "not MNIST images" in shown_text(output)]
 
 
 @pytest.mark.parametrize("path", ["/home/ann/run", "in /tmp/x", "(/opt/x/y.py)", "C:\\Users\\ann"])
