@@ -86,51 +86,36 @@ class _Cell:
 
 
 def _run(cell: _Cell, rules: Mapping[str, Path]) -> list[Row]:
-    """The rows of a cell, one a rule: the baselines are tuned once, for all of them."""
+    """The rows of a cell, one a rule; the baselines are tuned once for all. What `test` prints goes to a file."""
     rows: list[Row] = []
     baselines: list[Row] = []
-    for name, path in rules.items():
-        # The last flag counts.
-        flags = [*cell.flags, f"--ckpt_path={path}", *(["--curves.baselines=[]"] if baselines else [])]
-        found, status = run_setting(["test", *flags], {}, cell.root / name, first=cell.first and not rows)
-        baselines = baselines or found[1:]
-        broke = status != DONE and "diverged" not in status
-        said = {} if broke else verdict([found[0], *baselines])
-        rows.append({**cell.where, "rule": name, **said, "status": status if broke else DONE})
-    return rows
-
-
-def _run_quietly(cell: _Cell, rules: Mapping[str, Path]) -> list[Row]:
-    """The same in a process of its own, where what it prints goes to a file."""
     cell.root.mkdir(parents=True, exist_ok=True)
-    sys.argv = sys.argv[:1]  # LightningCLI complains of arguments of another's command
     with (cell.root / "log").open("w", encoding="utf-8") as log, redirect_stdout(log), redirect_stderr(log):
-        return _run(cell, rules)
+        for name, path in rules.items():
+            # The last flag counts.
+            flags = [*cell.flags, f"--ckpt_path={path}", *(["--curves.baselines=[]"] if baselines else [])]
+            found, status = run_setting(["test", *flags], {}, cell.root / name, first=cell.first and not rows)
+            baselines = baselines or found[1:]
+            broke = status != DONE and "diverged" not in status
+            said = {} if broke else verdict([found[0], *baselines])
+            rows.append({**cell.where, "rule": name, **said, "status": status if broke else DONE})
+    return rows
 
 
 def _run_all(cells: Sequence[_Cell], rules: Mapping[str, Path], jobs: int) -> Iterator[list[Row]]:
     """The rows of each cell, in order."""
     if jobs == 1:
-        for cell in cells:
-            print(_shown_cell(cell), flush=True)
-            yield _run(cell, rules)
+        yield from (_run(cell, rules) for cell in cells)
         return
     threads = max(1, torch.get_num_threads() // jobs)
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(jobs, context, initializer=torch.set_num_threads, initargs=(threads,)) as pool:
         try:
-            found = [pool.submit(_run_quietly, cell, rules) for cell in cells]
-            for cell, rows in zip(cells, found, strict=True):
-                yield rows.result()
-                print(_shown_cell(cell), flush=True)
+            found = [pool.submit(_run, cell, rules) for cell in cells]
+            yield from (future.result() for future in found)
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
-
-
-def _shown_cell(cell: _Cell) -> str:
-    grid, *properties = cell.where.values()
-    return f"[{grid}] {', '.join(properties)}"
 
 
 def main(args: list[str] | None = None) -> int:
@@ -146,15 +131,18 @@ def main(args: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser("map", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("rules", metavar="RULE", nargs="+", help="a checkpoint, a rule file, or a shipped rule's name")
     parser.add_argument("--root", type=Path, default=Path("data"), help="folder of the data sets (data)")
-    parser.add_argument("--only", default="", metavar="TEXT", help="the grids whose names have this text")
+    only = "the grids whose names have this text; repeatable"
+    parser.add_argument("--only", action="append", default=[], metavar="TEXT", help=only)
     parser.add_argument("--small", action="store_true", help="a few cells with few steps, to see whether all runs")
     parser.add_argument("--jobs", type=int, default=1, help="cells that run side by side, in processes (1)")
     parser.add_argument("--folder", type=Path, default=Path("map"), help="where version_N is made (map)")
     parser.add_argument("--resume", type=Path, metavar="FOLDER", help="a version_N: run what it has not finished")
     options = parser.parse_args(args)
-    chosen = [page for page in pages(options.root, small=options.small) if options.only in page.name]
-    if not chosen:
-        parser.error(f"--only {options.only!r} is in the name of no grid: {', '.join(p.name for p in pages(Path()))}")
+    known = pages(options.root, small=options.small)
+    chosen = [page for page in known if any(text in page.name for text in options.only or [""])]
+    for text in options.only:
+        if not any(text in page.name for page in known):
+            parser.error(f"--only {text!r} is in the name of no grid: {', '.join(page.name for page in known)}")
     if options.jobs < 1:
         parser.error(f"--jobs {options.jobs} is no number of processes; use 1 or more")
     names = [Path(rule).stem for rule in options.rules]
@@ -173,9 +161,12 @@ def main(args: list[str] | None = None) -> int:
     missing = _missing(chosen, rows, rules, folder / "runs")
     repeat = shlex.join([*args, *([] if options.resume else ["--resume", str(folder)])])
     print(f"Cells: {len(missing)}, in {folder}; if stopped, go on with: python -m lightning_l2l.map {repeat}")
-    for found in _run_all(missing, rules, options.jobs):
+    for number, found in enumerate(_run_all(missing, rules, options.jobs), 1):
         rows += found
         write_csv(folder / "map.csv", rows)
+        grid, *place = missing[number - 1].where.values()
+        said = ", ".join(f"{row['rule']} {_shown(row)} {row.get('verdict', row['status'])}" for row in found)
+        print(f"[{number}/{len(missing)}] {grid}: {', '.join(place)}: {said}", flush=True)
     shown = [row for row in rows if any(row["grid"] == page.name for page in chosen)]
     for name in names:
         own = [row for row in shown if row["rule"] == name]
