@@ -57,6 +57,21 @@ def _tasks(num_val: int, num_test: int) -> list[str]:
     ]
 
 
+def _network(name: str, *flags: str) -> list[str]:
+    """A network and arguments of its constructor."""
+    module = "--model.task.module"
+    return [
+        "--model.task=lightning_l2l.NetworkTask",
+        f"{module}=lightning_l2l.{name}",
+        *(f"{module}.{f}" for f in flags),
+    ]
+
+
+def _images(name: str, root: Path) -> list[str]:
+    """A data module of images, none of which it sets aside."""
+    return [f"--data=lightning_l2l.{name}DataModule", f"--data.root={root}", "--data.num_unseen=0"]
+
+
 def pages(root: Path, *, small: bool = False) -> list[Page]:
     """The map's grids.
 
@@ -67,15 +82,7 @@ def pages(root: Path, *, small: bool = False) -> list[Page]:
     some, few, many = (
         (_tasks(2, 4), _tasks(2, 4), _tasks(16, 32)) if small else (_tasks(8, 16), _tasks(4, 8), _tasks(64, 128))
     )
-    network = [
-        _BASELINES,
-        "--model.task=lightning_l2l.NetworkTask",
-        "--model.task.module=lightning_l2l.MLP",
-        "--data=lightning_l2l.MNISTDataModule",
-        f"--data.root={root}",
-        "--data.num_unseen=0",
-        "--model.final_steps=10",
-    ]
+    network = [_BASELINES, *_network("MLP"), *_images("MNIST", root), "--model.final_steps=10"]
     quadratics = [_BASELINES, "--model.task=lightning_l2l.Quadratic", "--data=lightning_l2l.QuadraticDataModule", *many]
     layer = "model.task.module"
     activations, depths = ["sigmoid", "tanh", "relu", "elu", "gelu"], ["1", "2", "3"]
@@ -117,12 +124,8 @@ def pages(root: Path, *, small: bool = False) -> list[Page]:
             "ConvNet on CIFAR-10: classes and inner steps",
             [
                 _BASELINES,
-                "--model.task=lightning_l2l.NetworkTask",
-                "--model.task.module=lightning_l2l.ConvNet",
-                f"--model.task.module.channels={2 if small else 8}",
-                "--data=lightning_l2l.CIFAR10DataModule",
-                f"--data.root={root}",
-                "--data.num_unseen=0",
+                *_network("ConvNet", f"channels={2 if small else 8}"),
+                *_images("CIFAR10", root),
                 "--model.final_steps=10",
                 *(_tasks(2, 2) if small else _tasks(2, 8)),
             ],
@@ -143,50 +146,40 @@ def _suite(root: Path, *, small: bool) -> dict[str, list[str]]:
     """
     many, some, few = (_tasks(4, 8),) * 2 + (_tasks(2, 2),) if small else (_tasks(64, 128), _tasks(8, 16), _tasks(4, 8))
     generated = ["--data=lightning_l2l.GeneratedDataModule", *many]
-    module = "--model.task=lightning_l2l.NetworkTask", "--model.task.module=lightning_l2l."
-    mnist = ["--data=lightning_l2l.MNISTDataModule", f"--data.root={root}", "--data.num_unseen=0", *some]
+    mnist = [*_images("MNIST", root), *some]
     sequences = ["--data=lightning_l2l.SequenceDataModule", "--data.vocab_size=8", "--data.num_unseen=0", *some]
-    images = [
-        "--data=lightning_l2l.CIFAR10DataModule",
-        f"--data.root={root}",
-        "--data.num_unseen=0",
-        "--data.batch_size=32",
-        *few,
-    ]
+    cifar10 = [*_images("CIFAR10", root), "--data.batch_size=32", *few]
 
     def task(name: str, *flags: str) -> list[str]:
         return [f"--model.task=lightning_l2l.{name}", *(f"--model.task.{flag}" for flag in flags)]
-
-    def network(name: str, *flags: str) -> list[str]:
-        return [module[0], module[1] + name, *(f"--model.task.module.{flag}" for flag in flags)]
 
     found = {
         "Rosenbrock, 2": [*task("Rosenbrock", "dim=2"), *generated],
         "Rosenbrock, 10": [*task("Rosenbrock", "dim=10"), *generated],
         "Lasso, 50 features": [*task("Lasso", "num_features=50", "num_measurements=25"), *generated],
         "logistic regression, 50 features": [*task("LogisticRegression", "num_features=50"), *generated],
-        "MLP, ReLU, batch 32": [*network("MLP", "activation=relu"), *mnist, "--data.batch_size=32"],
+        "MLP, ReLU, batch 32": [*_network("MLP", "activation=relu"), *mnist, "--data.batch_size=32"],
         "MLP, tanh, 2 layers of 40": [
-            *network("MLP", "activation=tanh", "num_layers=2", "hidden_size=40"),
+            *_network("MLP", "activation=tanh", "num_layers=2", "hidden_size=40"),
             *mnist,
         ],
-        "MLP, GELU, 3 layers": [*network("MLP", "activation=gelu", "num_layers=3"), *mnist],
-        "MLP, ELU, Gaussian start": [*network("MLP", "activation=elu"), "--model.task.init_scale=0.1", *mnist],
-        "softmax regression": [*network("MLP", "num_layers=0"), *mnist],
+        "MLP, GELU, 3 layers": [*_network("MLP", "activation=gelu", "num_layers=3"), *mnist],
+        "MLP, ELU, Gaussian start": [*_network("MLP", "activation=elu"), "--model.task.init_scale=0.1", *mnist],
+        "softmax regression": [*_network("MLP", "num_layers=0"), *mnist],
         "autoencoder": [
-            *network("Autoencoder", "hidden_size=16"),
+            *_network("Autoencoder", "hidden_size=16"),
             "--model.task.loss_fn=torch.nn.functional.mse_loss",
             "--model.task.reconstruct=true",
             *mnist,
             "--data.batch_size=32",
         ],
-        "transformer": [*network("Transformer", "vocab_size=8", "hidden_size=8"), *sequences, "--data.order=1"],
+        "transformer": [*_network("Transformer", "vocab_size=8", "hidden_size=8"), *sequences, "--data.order=1"],
         "transformer, 2 layers": [
-            *network("Transformer", "vocab_size=8", "hidden_size=16", "num_layers=2"),
+            *_network("Transformer", "vocab_size=8", "hidden_size=16", "num_layers=2"),
             *sequences,
             "--data.order=2",
         ],
-        "ConvNet": [*network("ConvNet", "channels=4", "batch_norm=false"), *images],
-        "ConvNet, batch norm": [*network("ConvNet", "channels=4"), *images],
+        "ConvNet": [*_network("ConvNet", "channels=4", "batch_norm=false"), *cifar10],
+        "ConvNet, batch norm": [*_network("ConvNet", "channels=4"), *cifar10],
     }
     return {name: found[name] for name in list(found)[:: 5 if small else 1]}
