@@ -159,6 +159,7 @@ def main(args: list[str] | None = None) -> int:
     rows = read_csv(folder / "map.csv") if (folder / "map.csv").is_file() else []
     rows = [row for row in rows if row["status"] == DONE]
     missing = _missing(chosen, rows, rules, folder / "runs")
+    rows = [row for row in rows if not any(row.items() >= cell.where.items() for cell in missing)]  # run again, for all
     repeat = shlex.join([*args, *([] if options.resume else ["--resume", str(folder)])])
     print(f"Cells: {len(missing)}, in {folder}; if stopped, go on with: python -m lightning_l2l.map {repeat}")
     for number, found in enumerate(_run_all(missing, rules, options.jobs), 1):

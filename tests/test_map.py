@@ -144,6 +144,11 @@ def test_the_command_runs_every_cell_and_goes_on_where_it_was_stopped(capsys):
     assert "Tuned in" not in again and "Tuned in" in next((folder / "runs").glob("*-10-40/log")).read_text()
     assert read(folder / "map.csv") == rows
 
+    (folder / "map.csv").write_text("\n".join(lines[:8]) + "\n")  # one rule of the last cell is missing
+    assert main([*command, "--resume", str(folder)]) == 0
+    assert capsys.readouterr().out.count("] Quadratics") == 1
+    assert read(folder / "map.csv") == rows
+
 
 def test_cells_run_side_by_side_as_they_do_one_after_the_other():
     command = ["quadratic", "--small", "--only", "Quadratics"]
