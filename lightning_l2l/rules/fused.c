@@ -172,7 +172,7 @@ static long memories(const Rule *rule) {
 }
 
 /* The row with the number of steps, where there is one. */
-static const float *clock_of(const Rule *rule, const float *memory) { return memory + (2 * rule->means + 2) * TILE; }
+static float *clock_of(const Rule *rule, float *memory) { return memory + (2 * rule->means + 2) * TILE; }
 
 /* Features x [features, TILE] of gradients [TILE]; memory [memories, TILE] is the running means of g and that of g^2, what
  * the weights in each of them add up to, and the number of steps. */
@@ -196,7 +196,7 @@ INLINE void preprocess(const Rule *rule, const float *restrict gradient, float *
         *(vec *)(x + k * TILE + v) = *m / (*of_m * root);
       }
       *(vec *)(x + means * TILE + v) = g / root;
-      vec *steps = (vec *)(memory + (2 * means + 2) * TILE + v);
+      vec *steps = (vec *)(clock_of(rule, memory) + v);
       if (rule->time || rule->decay) *steps += 1.0f;
       if (rule->time) *(vec *)(x + (means + 1) * TILE + v) = 0.25f * log_abs(1.0f + *steps) - 1.0f;
     } else
