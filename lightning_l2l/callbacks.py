@@ -21,7 +21,7 @@ from torch.utils.tensorboard import SummaryWriter
 from lightning_l2l.arguments import brief, check_at_least, check_type, is_number
 from lightning_l2l.comparison import Baseline, Rollout, Tuned, find_baselines, rollout, tune
 from lightning_l2l.figures import learning_curves
-from lightning_l2l.results import Result, write_comparison, write_curves, write_predictions
+from lightning_l2l.results import Result, write_comparison, write_curves, write_predictions, write_tasks
 from lightning_l2l.runs import figure_due, gather, log_folder, shown, tensorboards, validation_batches, writes
 from lightning_l2l.tables import Budget, comparison_tables, print_table, summary_table
 from lightning_l2l.tasks import Task
@@ -44,7 +44,7 @@ class LearningCurves(Callback):
       the rule is always from the newest validation. Logs `val/<name>/final_loss` of the baselines.
     * end of `fit`: a table with the best checkpoint's final loss, and the commands to type next. The run's
       hyperparameters with that loss, in TensorBoard's HParams.
-    * `test`: tables, `comparison.csv`, `curves.csv` and `curves.png` in the log folder; logs
+    * `test`: tables, `comparison.csv`, `tasks.csv`, `curves.csv` and `curves.png` in the log folder; logs
       `test/<name>/final_loss`. The same in TensorBoard: the figure `test/learning_curves`, and a run per
       optimizer under `curves/` with `test/loss_by_inner_step` and its figures as HParams.
     * `predict`: `predictions.csv` in the log folder.
@@ -219,9 +219,10 @@ class LearningCurves(Callback):
                 write_test(logger, self.results)
             if writes(trainer):
                 write_comparison(folder / "comparison.csv", self.results)
+                write_tasks(folder / "tasks.csv", self.results)
                 write_curves(folder / "curves.csv", self.results, self.quantiles)
                 figure.savefig(folder / "curves.png")
-                print(f"Written to {shown(folder)}: comparison.csv, curves.csv, curves.png")
+                print(f"Written to {shown(folder)}: comparison.csv, tasks.csv, curves.csv, curves.png")
 
     # Predict
 

@@ -18,7 +18,7 @@ from concurrent.futures import ProcessPoolExecutor
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import median
+from statistics import fmean, median, stdev
 from typing import Any
 
 import torch
@@ -27,44 +27,45 @@ from matplotlib.figure import Figure
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
+from lightning_l2l.callbacks import LEARNED
 from lightning_l2l.grids import DEFAULT_ADAM, Page, pages
 from lightning_l2l.rule_files import load_rule, save_rule
 from lightning_l2l.sweep import DONE, Row, new_folder, read_csv, run_setting, write_csv
 from lightning_l2l.tables import print_table
 
 WINS, TIES, LOSES, DIVERGES = "wins", "ties", "loses", "diverges"
-#: Standard errors of the difference between two means from which on it is told from chance.
+#: Standard errors of the mean difference, task by task, from which on it is told from chance.
 SIGNIFICANT = 2.0
 _ENDS = 4.0  # ratio at which a colour is at its strongest
 
 
-def verdict(rows: Sequence[Row]) -> Row:
-    """What a cell says: the rule beside the best of the tuned baselines.
+def verdict(learned: Sequence[float], baselines: Mapping[str, Sequence[float]]) -> Row:
+    """What a cell says: the rule beside the best of the tuned baselines, on the same tasks.
 
     Args:
-        rows: Of `comparison.csv`, the rule's first.
+        learned: Final loss of each task under the rule.
+        baselines: The same under each baseline.
 
     Returns:
-        "learned", "best", "optimizer" (which is best), "ratio" and "verdict": the rule "diverges" where any of its runs
-        does, "wins" or "loses" where the means differ by more than `SIGNIFICANT` standard errors, else "ties". "adam"
-        and "adam_default" are the final losses of these two.
+        "learned", "best", "optimizer" (which is best), "ratio" (of the means) and "verdict": the rule "diverges" where
+        any of its runs does, "wins" or "loses" where the mean difference is more than `SIGNIFICANT` times its standard
+        error, else "ties". "adam" and "adam_default" are the final losses of these two.
     """
-    learned, *baselines = rows
-    loss = float(learned.get("final_loss") or "inf")
-    losses = {row["optimizer"]: float(row["final_loss"]) for row in baselines}
-    found = {"learned": str(loss), **{name: str(losses[name]) for name in ("adam", DEFAULT_ADAM) if name in losses}}
-    tuned = [row for row in baselines if row["optimizer"] != DEFAULT_ADAM]
-    if not tuned:
+    means = {name: fmean(losses) for name, losses in {LEARNED: learned, **baselines}.items()}
+    found = {name: str(means[name]) for name in (LEARNED, "adam", DEFAULT_ADAM) if name in means}
+    tuned = [name for name in baselines if name != DEFAULT_ADAM]
+    if tuned:
+        best = min(tuned, key=lambda name: means[name])
+        found |= {"best": str(means[best]), "optimizer": best}
+        found["ratio"] = str(means[LEARNED] / means[best]) if means[best] else "nan"
+    if not math.isfinite(means[LEARNED]) or not tuned:
         return {**found, "verdict": DIVERGES}
-    best = min(tuned, key=lambda row: losses[row["optimizer"]])
-    reference = losses[best["optimizer"]]
-    found |= {"best": str(reference), "optimizer": best["optimizer"]}
-    found["ratio"] = str(loss / reference) if reference else "nan"
-    if not math.isfinite(loss) or float(learned["diverged"]):
-        return {**found, "verdict": DIVERGES}
-    error = math.hypot(*(float(row["standard_error"] or "nan") for row in (learned, best)))
-    if abs(loss - reference) > SIGNIFICANT * error:
-        return {**found, "verdict": WINS if loss < reference else LOSES}
+    if not math.isfinite(means[best]):
+        return {**found, "verdict": WINS}
+    differences = [a - b for a, b in zip(learned, baselines[best], strict=True)]
+    error = stdev(differences) / math.sqrt(len(differences)) if len(differences) > 1 else math.inf
+    if abs(fmean(differences)) > SIGNIFICANT * error:
+        return {**found, "verdict": WINS if fmean(differences) < 0 else LOSES}
     return {**found, "verdict": TIES}
 
 
@@ -88,16 +89,20 @@ class _Cell:
 def _run(cell: _Cell, rules: Mapping[str, Path]) -> list[Row]:
     """The rows of a cell, one a rule; the baselines are tuned once for all. What `test` prints goes to a file."""
     rows: list[Row] = []
-    baselines: list[Row] = []
+    baselines: dict[str, list[float]] = {}
     cell.root.mkdir(parents=True, exist_ok=True)
     with (cell.root / "log").open("w", encoding="utf-8") as log, redirect_stdout(log), redirect_stderr(log):
         for name, path in rules.items():
             # The last flag counts.
             flags = [*cell.flags, f"--ckpt_path={path}", *(["--curves.baselines=[]"] if baselines else [])]
-            found, status = run_setting(["test", *flags], {}, cell.root / name, first=cell.first and not rows)
-            baselines = baselines or found[1:]
+            _, status = run_setting(["test", *flags], {}, cell.root / name, first=cell.first and not rows)
+            of_tasks = sorted((cell.root / name).rglob("tasks.csv"), key=lambda p: p.stat().st_mtime)
+            table = read_csv(of_tasks[-1]) if of_tasks else []
+            losses = {key: [float(row[key]) for row in table] for key in (table[0] if table else {}) if key != "task"}
+            learned = losses.pop(LEARNED, [math.inf])
+            baselines = baselines or losses
             broke = status != DONE and "diverged" not in status
-            said = {} if broke else verdict([found[0], *baselines])
+            said = {} if broke else verdict(learned, baselines)
             rows.append({**cell.where, "rule": name, **said, "status": status if broke else DONE})
     return rows
 

@@ -155,6 +155,13 @@ def write_comparison(path: Path, results: Sequence[Result]) -> None:
     _write_csv(path, list(rows[0]), [list(row.values()) for row in rows])
 
 
+def write_tasks(path: Path, results: Sequence[Result]) -> None:
+    """Write a CSV file with one row per task: the final loss that each optimizer reached on it."""
+    columns = [result.final.tolist() for result in results]
+    rows = [[task, *losses] for task, losses in enumerate(zip(*columns, strict=True))]
+    _write_csv(path, ["task", *(result.name for result in results)], rows)
+
+
 def write_curves(path: Path, results: Sequence[Result], quantiles: tuple[float, float]) -> None:
     """Write a CSV file with one row per optimizer and inner step: mean and two quantiles over the tasks."""
     columns = [(r.name, [r.mean.tolist(), *(r.quantile(q).tolist() for q in quantiles)]) for r in results]

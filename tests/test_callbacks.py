@@ -314,6 +314,10 @@ def test_test_prints_and_writes_the_comparison(tmp_path, capsys, monkeypatch):
     comparison, curve = read(folder / "comparison.csv"), read(folder / "curves.csv")
     assert [row["optimizer"] for row in comparison] == list(want) == list(table)
     assert len(curve) == len(want) * (NUM_STEPS + 1)
+    of_tasks = read(folder / "tasks.csv")
+    assert [row.pop("task") for row in of_tasks] == [str(k) for k in range(NUM_TEST)]
+    for name, (_, losses) in want.items():
+        assert [float(row[name]) for row in of_tasks] == pytest.approx(losses[-1].tolist(), rel=1e-6)
     for row, (name, (lr, losses)) in zip(comparison, want.items(), strict=True):
         final = losses[-1].double()
         numbers = dict(
@@ -351,7 +355,7 @@ def test_test_prints_and_writes_the_comparison(tmp_path, capsys, monkeypatch):
     assert "Final loss (after 6 steps) on 5 test tasks" in text
     tried = ", ".join(f"{name} {len(tuned_on_validation(name).tried)}" for name in NAMES)
     assert f"budget: {tried} rates x 4 tasks x 6 steps" in text
-    assert "Written to logs/version_0: comparison.csv, curves.csv, curves.png" in output
+    assert "Written to logs/version_0: comparison.csv, tasks.csv, curves.csv, curves.png" in output
     with Image.open(folder / "curves.png") as image:
         assert image.size == (960, 630)
 

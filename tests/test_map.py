@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from lightning_l2l import RNNprop, cli
 from lightning_l2l.grids import Axis, Page, pages
@@ -19,34 +20,38 @@ def in_tmp_path(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["lightning-l2l"])
 
 
-def row(name, loss, error=0.01, diverged=0.0):
-    return {
-        "optimizer": name,
-        "final_loss": str(loss),
-        "standard_error": "" if error is None else str(error),
-        "diverged": str(diverged),
-    }
+TASKS = torch.tensor([0.5, 0.8, 1.2, 1.5])  # mean 1
+NOISE = torch.tensor([-1.0, 1.0, 1.0, -1.0])
 
 
 @pytest.mark.parametrize(
     "learned, wanted",
     [
-        (row("learned", 0.9), "wins"),
-        (row("learned", 1.1), "loses"),
-        (row("learned", 1.02), "ties"),
-        (row("learned", 0.9, error=0.06), "ties"),
-        (row("learned", math.inf, error=None), "diverges"),
-        (row("learned", 0.9, diverged=0.125), "diverges"),
+        (TASKS - 0.1, "wins"),  # on every task, though tasks differ by more
+        (TASKS + 0.1, "loses"),
+        (TASKS - 0.1 + 0.17 * NOISE, "ties"),  # its standard error is 0.098
+        (TASKS - 0.1 + 0.08 * NOISE, "wins"),
+        (torch.tensor([0.1, 0.1, 0.1, math.inf]), "diverges"),
     ],
 )
 def test_a_difference_counts_from_two_standard_errors_on_and_a_diverged_run_always(learned, wanted):
-    found = verdict([learned, row("sgd", 3.0), row("adam", 1.0), row("nag", 2.0)])
+    baselines = {"sgd": [3.0] * 4, "adam": TASKS.tolist(), "nag": [2.0] * 4}
+    found = verdict(learned.tolist(), baselines)
     assert found["verdict"] == wanted and found["optimizer"] == "adam"
-    assert float(found["ratio"]) == pytest.approx(float(learned["final_loss"]))
+    assert float(found["ratio"]) == pytest.approx(float(learned.mean()))
+
+
+def test_a_single_task_tells_nothing_and_diverged_baselines_are_beaten():
+    assert verdict([1.0], {"adam": [2.0]})["verdict"] == "ties"
+    assert verdict([1.0, 1.0], {"adam": [2.0, math.inf]})["verdict"] == "wins"
+
+
+def test_a_rule_without_a_comparison_has_diverged():
+    assert verdict([math.inf], {})["verdict"] == "diverges"
 
 
 def test_adam_at_its_default_rate_is_none_of_the_tuned_optimizers_and_is_kept_beside_them():
-    found = verdict([row("learned", 0.9), row("sgd", 3.0), row("adam", 2.0), row("adam_default", 1.0)])
+    found = verdict([0.9, 0.9], {"sgd": [3.0, 3.0], "adam": [2.0, 2.0], "adam_default": [1.0, 1.0]})
     assert found["optimizer"] == "adam" and float(found["ratio"]) == pytest.approx(0.45)
     assert (found["verdict"], found["adam"], found["adam_default"]) == ("wins", "2.0", "1.0")
 
@@ -62,10 +67,6 @@ def test_the_summary_counts_verdicts_and_compares_with_adam():
         "wins 1, ties 1, loses 1, diverges 1 of 4 cells; median of learned / tuned Adam 1.000; "
         "no worse than Adam at its default learning rate in 2 of 3"
     )
-
-
-def test_a_rule_without_a_comparison_has_diverged():
-    assert verdict([{"optimizer": "learned"}])["verdict"] == "diverges"
 
 
 @pytest.mark.parametrize("small", [True, False])
