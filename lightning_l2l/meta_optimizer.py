@@ -28,7 +28,8 @@ from lightning_l2l.arguments import (
 from lightning_l2l.comparison import Rollout, rollout
 from lightning_l2l.optim import LearnedOptimizer
 from lightning_l2l.results import final_losses
-from lightning_l2l.rules import UpdateRule
+from lightning_l2l.rule_files import load_rule
+from lightning_l2l.rules import RuleGroups, UpdateRule
 from lightning_l2l.rules.base import Memory
 from lightning_l2l.rules.describe import describe
 from lightning_l2l.tasks import Task
@@ -89,9 +90,13 @@ class MetaOptimizer(LightningModule):
             size; see `unroll.Truncation`. Logged as `train/imitation_loss`.
         teacher: Whom to imitate: an optimizer that works on each coordinate by itself, with its learning rate.
         imitation_epochs: *Epochs* over which `imitation` falls, evenly, to 0; None leaves it as it is.
+        start: From whose weights meta-training starts: name of a shipped rule, or path of a rule file or checkpoint;
+            a rule of groups takes them in each group. The rule's other arguments may differ from those of that rule.
+            None: from those that the rule has.
 
     Raises:
-        ValueError: A size below 1, `unroll_length` does not divide `num_steps`, `final_steps` exceeds it, or another
+        FileNotFoundError: There is no rule at `start`.
+        ValueError: That rule's weights do not fit, or a size below 1, `unroll_length` does not divide `num_steps`, `final_steps` exceeds it, or another
             argument is out of range.
     """
 
@@ -116,6 +121,7 @@ class MetaOptimizer(LightningModule):
         imitation: float = 0.0,
         teacher: OptimizerCallable = torch.optim.Adam,
         imitation_epochs: int | None = None,
+        start: str | None = None,
     ) -> None:
         super().__init__()
         check_type(Task, "a Task, such as Quadratic()", task=task)
@@ -147,6 +153,8 @@ class MetaOptimizer(LightningModule):
             check_callable("a function of the optimizer that makes a schedule", lr_scheduler=lr_scheduler)
         if not any(True for _ in rule.parameters()):
             raise ValueError(f"rule={brief(rule)} has no parameters to meta-train; give one that has some")
+        if start is not None:
+            _start_from(start, rule)
         self.automatic_optimization = False
         self.task, self.rule = task, rule
         self.num_steps, self.unroll_length, self.lr = num_steps, unroll_length, lr
@@ -332,3 +340,21 @@ class MetaOptimizer(LightningModule):
 def _divisors(number: int) -> str:
     found = [str(d) for d in range(1, number + 1) if number % d == 0]
     return " or ".join([", ".join(found[:-1]), found[-1]]) if len(found) > 1 else found[0]
+
+
+def _start_from(source: str, rule: UpdateRule) -> None:
+    """Give a rule, or each of a group, the weights of another."""
+    given = load_rule(source)
+    own = rule.rules.values() if isinstance(rule, RuleGroups) and not isinstance(given, RuleGroups) else [rule]
+    for one in own:
+        try:
+            one.load_state_dict(given.state_dict())
+        except RuntimeError as error:
+            raise ValueError(
+                f"start={brief(source)} has {_told(given)}, whose weights do not fit {_told(one)}; give the rule the "
+                "same sizes, or leave start out"
+            ) from error
+
+
+def _told(rule: UpdateRule) -> str:
+    return f"{type(rule).__name__}({', '.join(f'{k}={brief(v)}' for k, v in describe(rule)['init_args'].items())})"

@@ -6,9 +6,18 @@ import pytest
 import torch
 from lightning.pytorch import Callback, Trainer
 
-from lightning_l2l import CoordinatewiseLSTM, MetaOptimizer, Quadratic, QuadraticDataModule, RandomScaling
+from lightning_l2l import (
+    CoordinatewiseLSTM,
+    MetaOptimizer,
+    Quadratic,
+    QuadraticDataModule,
+    RandomScaling,
+    RNNprop,
+    RuleGroups,
+)
 from lightning_l2l.comparison import Rollout
 from lightning_l2l.meta_optimizer import LOSS_WEIGHTS
+from lightning_l2l.rule_files import save_rule
 from lightning_l2l.unroll import Unroll
 
 
@@ -247,11 +256,35 @@ def test_a_finite_meta_gradient_ends_the_row():
         ({"imitation": -1.0}, "imitation=-1.0 is not 0 or more"),
         ({"imitation": 1.0, "second_derivatives": True}, "do not go together"),
         ({"imitation_epochs": 0}, "imitation_epochs=0"),
+        ({"start": "rnnprop"}, r"start='rnnprop' has RNNprop\(.*do not fit CoordinatewiseLSTM\(hidden_size=4"),
     ],
 )
 def test_bad_arguments(arguments, message):
     with pytest.raises(ValueError, match=message):
         make(**arguments)
+
+
+def test_meta_training_starts_from_the_weights_of_another_rule(trainer, tmp_path):
+    other = RNNprop(hidden_size=3)
+    save_rule(other, tmp_path / "other.npz")
+    own, first, second = RNNprop(hidden_size=3, beta1=0.5, decay=7), RNNprop(hidden_size=3), RNNprop(hidden_size=3)
+    groups = RuleGroups({"a*": first, "!a*": second})
+    module = MetaOptimizer(Quadratic(3), own, 6, 3, start=str(tmp_path / "other.npz"))
+    MetaOptimizer(Quadratic(3), groups, 6, 3, start=str(tmp_path / "other.npz"))
+    wanted = other.state_dict()
+    for rule in (own, first, second):
+        assert all(torch.equal(value, wanted[name]) for name, value in rule.state_dict().items())
+    assert (own.beta1, own.decay) == (0.5, 7)
+
+    (tmp_path / "other.npz").unlink()  # what is begun needs it no more
+    fit = trainer(max_epochs=1)
+    fit.fit(module, data())
+    fit.save_checkpoint(tmp_path / "own.ckpt")
+    again = MetaOptimizer.load_from_checkpoint(tmp_path / "own.ckpt")
+    assert all(torch.equal(a, b) for a, b in zip(again.rule.parameters(), own.parameters(), strict=True))
+    assert not torch.equal(own.readout.weight, other.readout.weight)
+    with pytest.raises(FileNotFoundError, match="other.npz"):
+        make(start=str(tmp_path / "other.npz"))
 
 
 def test_inference_mode_is_explained(trainer):

@@ -83,6 +83,11 @@ class ConvNet(nn.Module):
         )
 
     def forward(self, inputs: Tensor) -> Tensor:
-        """Map images ``[n, in_channels, image_size, image_size]`` to outputs ``[n, out_features]``."""
+        """Map images ``[n, in_channels, image_size, image_size]`` to outputs ``[n, out_features]``.
+
+        Those of one channel may come without it: ``[n, image_size, image_size]``, as MNIST's do.
+        """
+        if self.in_channels == 1 and inputs.dim() == 3:
+            inputs = inputs.unsqueeze(1)
         outputs: Tensor = self.fc(self.conv(inputs))
         return outputs
