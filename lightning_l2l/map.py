@@ -30,6 +30,8 @@ from rich.table import Table
 from lightning_l2l.callbacks import LEARNED
 from lightning_l2l.grids import DEFAULT_ADAM, Page, pages
 from lightning_l2l.rule_files import load_rule, save_rule
+from lightning_l2l.rules import UpdateRule
+from lightning_l2l.rules.describe import describe
 from lightning_l2l.sweep import DONE, Row, new_folder, read_csv, run_setting, write_csv
 from lightning_l2l.tables import print_table
 
@@ -77,34 +79,43 @@ class _Cell:
         where: Grid and properties, as `map.csv` has them.
         flags: Of `test`.
         root: Where its log folders are made.
+        rules: Names of those that it is run for.
         first: Whether nothing has run yet: a mistake then ends the program.
     """
 
     where: Row
     flags: Sequence[str]
     root: Path
+    rules: Sequence[str]
     first: bool
 
 
 def _run(cell: _Cell, rules: Mapping[str, Path]) -> list[Row]:
     """The rows of a cell, one a rule; the baselines are tuned once for all. What `test` prints goes to a file."""
     rows: list[Row] = []
-    baselines: dict[str, list[float]] = {}
     cell.root.mkdir(parents=True, exist_ok=True)
-    with (cell.root / "log").open("w", encoding="utf-8") as log, redirect_stdout(log), redirect_stderr(log):
-        for name, path in rules.items():
+    known = (_losses(path) for path in cell.root.rglob("tasks.csv"))
+    baselines = next((losses for learned, losses in known if losses), {})
+    with (cell.root / "log").open("a", encoding="utf-8") as log, redirect_stdout(log), redirect_stderr(log):
+        for name in cell.rules:
             # The last flag counts.
-            flags = [*cell.flags, f"--ckpt_path={path}", *(["--curves.baselines=[]"] if baselines else [])]
+            flags = [*cell.flags, f"--ckpt_path={rules[name]}", *(["--curves.baselines=[]"] if baselines else [])]
+            before = set(cell.root.rglob("tasks.csv"))
             _, status = run_setting(["test", *flags], {}, cell.root / name, first=cell.first and not rows)
-            of_tasks = sorted((cell.root / name).rglob("tasks.csv"), key=lambda p: p.stat().st_mtime)
-            table = read_csv(of_tasks[-1]) if of_tasks else []
-            losses = {key: [float(row[key]) for row in table] for key in (table[0] if table else {}) if key != "task"}
-            learned = losses.pop(LEARNED, [math.inf])
+            found = set(cell.root.rglob("tasks.csv")) - before
+            learned, losses = _losses(found.pop()) if found else ([math.inf], {})
             baselines = baselines or losses
             broke = status != DONE and "diverged" not in status
             said = {} if broke else verdict(learned, baselines)
             rows.append({**cell.where, "rule": name, **said, "status": status if broke else DONE})
     return rows
+
+
+def _losses(path: Path) -> tuple[list[float], dict[str, list[float]]]:
+    """Final losses of each task under the rule, and under each baseline, from `tasks.csv`."""
+    rows = read_csv(path)
+    losses = {key: [float(row[key]) for row in rows] for key in (rows[0] if rows else {}) if key != "task"}
+    return losses.pop(LEARNED, [math.inf]), losses
 
 
 def _run_all(cells: Sequence[_Cell], rules: Mapping[str, Path], jobs: int) -> Iterator[list[Row]]:
@@ -141,7 +152,8 @@ def main(args: list[str] | None = None) -> int:
     parser.add_argument("--small", action="store_true", help="a few cells with few steps, to see whether all runs")
     parser.add_argument("--jobs", type=int, default=1, help="cells that run side by side, in processes (1)")
     parser.add_argument("--folder", type=Path, default=Path("map"), help="where version_N is made (map)")
-    parser.add_argument("--resume", type=Path, metavar="FOLDER", help="a version_N: run what it has not finished")
+    resume = "a version_N: run what it has not; a further RULE meets the baselines that are tuned there already"
+    parser.add_argument("--resume", type=Path, metavar="FOLDER", help=resume)
     options = parser.parse_args(args)
     known = pages(options.root, small=options.small)
     chosen = [page for page in known if any(text in page.name for text in options.only or [""])]
@@ -159,12 +171,13 @@ def main(args: list[str] | None = None) -> int:
         parser.error(str(error))
     folder: Path = options.resume or new_folder(options.folder)
     rules = {name: folder / f"{name}.npz" for name in names}
-    for rule, path in zip(loaded, rules.values(), strict=True):
-        save_rule(rule, path)
     rows = read_csv(folder / "map.csv") if (folder / "map.csv").is_file() else []
     rows = [row for row in rows if row["status"] == DONE]
-    missing = _missing(chosen, rows, rules, folder / "runs")
-    rows = [row for row in rows if not any(row.items() >= cell.where.items() for cell in missing)]  # run again, for all
+    for rule, (name, path) in zip(loaded, rules.items(), strict=True):
+        if path.is_file() and not _same(load_rule(path), rule):
+            rows = [row for row in rows if row["rule"] != name]
+        save_rule(rule, path)
+    missing = _missing(chosen, rows, list(rules), folder / "runs")
     repeat = shlex.join([*args, *([] if options.resume else ["--resume", str(folder)])])
     print(f"Cells: {len(missing)}, in {folder}; if stopped, go on with: python -m lightning_l2l.map {repeat}")
     for number, found in enumerate(_run_all(missing, rules, options.jobs), 1):
@@ -184,17 +197,25 @@ def main(args: list[str] | None = None) -> int:
     return int(any(row["status"] != DONE for row in shown))
 
 
-def _missing(pages: Sequence[Page], done: Sequence[Row], rules: Mapping[str, Path], root: Path) -> list[_Cell]:
-    """The cells that are to be run for any of the rules, which is then for all of them."""
+def _same(rule: UpdateRule, other: UpdateRule) -> bool:
+    """Whether two rules have the same description and weights."""
+    own, others = rule.state_dict(), other.state_dict()
+    return describe(rule) == describe(other) and all(torch.equal(own[name], others[name]) for name in own)
+
+
+def _missing(pages: Sequence[Page], done: Sequence[Row], rules: Sequence[str], root: Path) -> list[_Cell]:
+    """The cells that are to be run, with the rules that they are to be run for."""
     found: list[_Cell] = []
     for page in pages:
         for down, flags in page.down.values.items():
             for across, more in page.across.values.items():
                 where = {"grid": page.name, page.down.name: down, page.across.name: across}
                 has = {row["rule"] for row in done if row.items() >= where.items()}
-                if not has >= rules.keys():
-                    place = "-".join(re.sub(r"\W+", "_", part) for part in where.values())
-                    found.append(_Cell(where, [*page.flags, *flags, *more], root / place, first=not (done or found)))
+                lacks = [name for name in rules if name not in has]
+                if lacks:
+                    place = root / "-".join(re.sub(r"\W+", "_", part) for part in where.values())
+                    first = not (done or found)
+                    found.append(_Cell(where, [*page.flags, *flags, *more], place, lacks, first))
     return found
 
 

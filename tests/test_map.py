@@ -146,9 +146,22 @@ def test_the_command_runs_every_cell_and_goes_on_where_it_was_stopped(capsys):
     assert read(folder / "map.csv") == rows
 
     (folder / "map.csv").write_text("\n".join(lines[:8]) + "\n")  # one rule of the last cell is missing
+    logs = [path.read_text().count("Tuned in") for path in sorted((folder / "runs").glob("*/log"))]
     assert main([*command, "--resume", str(folder)]) == 0
     assert capsys.readouterr().out.count("] Quadratics") == 1
     assert read(folder / "map.csv") == rows
+
+    save_rule(RNNprop(hidden_size=2), Path("more.npz"))  # a further rule joins
+    assert main(["more.npz", *command, "--resume", str(folder)]) == 0
+    found = read(folder / "map.csv")
+    assert found[:8] == rows and [row["rule"] for row in found[8:]] == ["more"] * 4
+    for own, row in zip(rows[1::2], found[8:], strict=True):
+        assert row["best"] == own["best"] and row["learned"] != own["learned"]
+    save_rule(RNNprop(hidden_size=1), Path("own.npz"))  # and one is another by now
+    assert main([*command, "--resume", str(folder)]) == 0
+    again = [row for row in read(folder / "map.csv") if row["rule"] == "own"]
+    assert [row["learned"] == before["learned"] for row, before in zip(again, rows[1::2], strict=True)] == [False] * 4
+    assert [path.read_text().count("Tuned in") for path in sorted((folder / "runs").glob("*/log"))] == logs
 
 
 def test_cells_run_side_by_side_as_they_do_one_after_the_other():
