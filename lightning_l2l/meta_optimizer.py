@@ -96,8 +96,8 @@ class MetaOptimizer(LightningModule):
 
     Raises:
         FileNotFoundError: There is no rule at `start`.
-        ValueError: That rule's weights do not fit, or a size below 1, `unroll_length` does not divide `num_steps`, `final_steps` exceeds it, or another
-            argument is out of range.
+        ValueError: That rule's weights do not fit, a size is below 1, `unroll_length` does not divide `num_steps`,
+            `final_steps` exceeds it, or another argument is out of range.
     """
 
     def __init__(

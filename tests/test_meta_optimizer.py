@@ -283,7 +283,7 @@ def test_meta_training_starts_from_the_weights_of_another_rule(trainer, tmp_path
     again = MetaOptimizer.load_from_checkpoint(tmp_path / "own.ckpt")
     assert all(torch.equal(a, b) for a, b in zip(again.rule.parameters(), own.parameters(), strict=True))
     assert not torch.equal(own.readout.weight, other.readout.weight)
-    with pytest.raises(FileNotFoundError, match="other.npz"):
+    with pytest.raises(FileNotFoundError, match=r"other\.npz"):
         make(start=str(tmp_path / "other.npz"))
 
 
