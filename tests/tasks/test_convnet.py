@@ -66,3 +66,8 @@ def test_several_copies_run_side_by_side_as_they_do_alone():
 def test_arguments_are_checked(arguments, message):
     with pytest.raises(ValueError, match=message):
         ConvNet(**arguments)
+
+
+def test_images_of_one_channel_may_come_without_it():
+    net, images = ConvNet(8, 1, 2, 1, 3, batch_norm=False), torch.rand(5, 8, 8)
+    assert torch.equal(net(images), net(images[:, None]))
