@@ -28,7 +28,7 @@ from lightning_l2l.interrupt import ResumeCheckpoint, terminable
 from lightning_l2l.meta_optimizer import MetaOptimizer
 from lightning_l2l.rule_files import SUFFIX, load_rule, save_rule, shipped_rules
 from lightning_l2l.rules import UpdateRule
-from lightning_l2l.rules.describe import check_names, describe
+from lightning_l2l.rules.describe import check_names, describe, signature_of
 from lightning_l2l.run_folder import RunLogger, folders_of, held, room_for
 from lightning_l2l.runs import shown, writes
 from lightning_l2l.tasks import Task
@@ -290,8 +290,7 @@ def export(ckpt_path: str, output: Path) -> None:
     """
     rule = load_rule(_newest_last(Path()) if ckpt_path == NEWEST else ckpt_path)
     save_rule(rule, output)
-    arguments = ", ".join(f"{k}={v!r}" for k, v in describe(rule)["init_args"].items())
-    print(f"{output}: {type(rule).__name__}({arguments}), {output.stat().st_size / 1000:.0f} kB")
+    print(f"{output}: {signature_of(rule)}, {output.stat().st_size / 1000:.0f} kB")
     print(f'Use it: LearnedOptimizer(model.parameters(), "{output}")')
 
 

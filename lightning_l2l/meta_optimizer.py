@@ -31,7 +31,7 @@ from lightning_l2l.results import final_losses
 from lightning_l2l.rule_files import load_rule
 from lightning_l2l.rules import RuleGroups, UpdateRule
 from lightning_l2l.rules.base import Memory
-from lightning_l2l.rules.describe import describe
+from lightning_l2l.rules.describe import describe, signature_of
 from lightning_l2l.tasks import Task
 from lightning_l2l.unroll import Unroll
 
@@ -351,10 +351,6 @@ def _start_from(source: str, rule: UpdateRule) -> None:
             one.load_state_dict(given.state_dict())
         except RuntimeError as error:
             raise ValueError(
-                f"start={brief(source)} has {_told(given)}, whose weights do not fit {_told(one)}; give the rule the "
-                "same sizes, or leave start out"
+                f"start={brief(source)} has {signature_of(given)}, whose weights do not fit {signature_of(one)}; give "
+                "the rule the same sizes, or leave start out"
             ) from error
-
-
-def _told(rule: UpdateRule) -> str:
-    return f"{type(rule).__name__}({', '.join(f'{k}={brief(v)}' for k, v in describe(rule)['init_args'].items())})"

@@ -49,6 +49,12 @@ def describe(thing: object) -> dict[str, Any]:
     return {"class_path": _path(type(thing)), "init_args": arguments}
 
 
+def signature_of(rule: UpdateRule) -> str:
+    """A rule in a line: its class, and its arguments by name."""
+    arguments = ", ".join(f"{name}={value!r}" for name, value in describe(rule)["init_args"].items())
+    return f"{type(rule).__name__}({arguments})"
+
+
 def _path(named: Any) -> str:
     return f"{named.__module__}.{named.__qualname__}"
 
