@@ -93,6 +93,9 @@ class MetaOptimizer(LightningModule):
         start: From whose weights meta-training starts: name of a shipped rule, or path of a rule file or checkpoint;
             a rule of groups takes them in each group. The rule's other arguments may differ from those of that rule.
             None: from those that the rule has.
+        log_loss: Meta-train on logarithms: `train/meta_loss` sums w_t log(mean over a process' tasks of f_t), so that
+            episodes of a `Mixture`, and early and late steps, count alike, whatever the scale of their losses. For
+            tasks whose loss is not negative. Validation figures stay as they are.
 
     Raises:
         FileNotFoundError: There is no rule at `start`.
@@ -122,6 +125,7 @@ class MetaOptimizer(LightningModule):
         teacher: OptimizerCallable = torch.optim.Adam,
         imitation_epochs: int | None = None,
         start: str | None = None,
+        log_loss: bool = False,
     ) -> None:
         super().__init__()
         check_type(Task, "a Task, such as Quadratic()", task=task)
@@ -130,7 +134,7 @@ class MetaOptimizer(LightningModule):
         check_at_least(1, MOST, num_steps=num_steps, unroll_length=unroll_length, final_steps=final_steps)
         check_at_least(1, max_skipped=max_skipped)
         check_at_least(1, 2**63 - 1, memory_budget=memory_budget)
-        check_flag(anneal=anneal, second_derivatives=second_derivatives)
+        check_flag(anneal=anneal, second_derivatives=second_derivatives, log_loss=log_loss)
         if num_steps % unroll_length:
             raise ValueError(
                 f"unroll_length={unroll_length} does not divide num_steps={num_steps}; use {_divisors(num_steps)}"
@@ -166,7 +170,7 @@ class MetaOptimizer(LightningModule):
         self.train_task = train_task
         self.imitation, self.teacher, self.imitation_epochs = imitation, teacher, imitation_epochs
         self.unroll = Unroll(train_task or task, rule, second_derivatives, memory, memory_budget)
-        self.unroll.teacher = teacher
+        self.unroll.teacher, self.unroll.log_loss = teacher, log_loss
         self.skipped = self.skipped_in_a_row = 0
         # "disable": a loss that is no number must show, not drop out of the mean.
         names = ("final_loss", "trajectory_loss", "meta_loss", "unseen_loss", "unseen_accuracy")
@@ -192,6 +196,7 @@ class MetaOptimizer(LightningModule):
                 "memory_budget": memory_budget,
                 "imitation": imitation,
                 "imitation_epochs": imitation_epochs,
+                "log_loss": log_loss,
                 "_instantiator": "lightning.pytorch.cli.instantiate_module",
             }
         )

@@ -90,8 +90,9 @@ class Truncation:
 
     Attributes:
         losses: `[T, num_tasks]`, f_t(theta_t) after each of the T steps, without a graph.
-        meta_loss: Scalar, the sum over the T terms, the mean over tasks. Its `backward()` adds the meta-gradient
-            to the rule's parameters; where the rule imitates a teacher, that of the imitation's loss as well.
+        meta_loss: Scalar, the sum over the T terms, the mean over tasks, or of T logarithms of such means. Its
+            `backward()` adds the meta-gradient to the rule's parameters; where the rule imitates a teacher, that of the
+            imitation's loss as well.
         imitation_loss: Scalar without a graph: T sum_s |u_s - v_s|^2 / sum_s |v_s|^2 of the updates u_s and those of
             the teacher, v_s; T for updates of zero. 0 where there is no teacher.
     """
@@ -118,6 +119,9 @@ class Unroll:
         teacher: Makes the optimizer that the rule is to imitate from a list of parameters; it is fed the gradients of
             the rule's own trajectory and has to work on each coordinate by itself.
         imitation: Factor on the loss of the imitation, at least 0; it may be changed between truncations.
+        log_loss: Let the terms of the meta-loss be w_t log(mean over tasks of f_t), so that episodes with losses of
+            different scale count alike. For losses that are not negative; below the smallest normal number they count
+            as that.
     """
 
     task: Task
@@ -128,6 +132,7 @@ class Unroll:
     block: int | None = None
     teacher: Callable[[list[Tensor]], Optimizer] | None = None
     imitation: float = 0.0
+    log_loss: bool = False
     _buffers: dict[tuple[Any, ...], list[tuple[RuleUnroll, Tensor]]] = field(default_factory=dict, repr=False)
 
     def start(self, batch: Mapping[str, Tensor]) -> Episode:
@@ -188,7 +193,9 @@ class Unroll:
             losses.append(episode.losses)
         parameters: list[Tensor] = list(self.rule.parameters())
         meta_gradient = {p: torch.zeros_like(p) for p in parameters}
-        of_a_task = [w / len(episode.losses) for w in weights]
+        stacked = torch.stack(losses)  # [num_steps, num_tasks]
+        means = _floored(stacked.mean(1)).tolist() if self.log_loss else [1.0] * num_steps
+        of_a_task = [w / (len(episode.losses) * mean) for w, mean in zip(weights, means, strict=True)]
         total = sum((lesson.size for lesson in lessons if lesson is not None), start=episode.losses.new_zeros(()))
         imitation_loss = torch.zeros_like(total)
         for part, (unroller, gradients), lesson in zip(episode.parts, buffers, lessons, strict=True):
@@ -201,8 +208,7 @@ class Unroll:
             if any(weights) or lesson is not None:  # a truncation of which nothing counts needs no backward pass
                 found = unroller.gradients(gradients.flatten(1), of_a_task, beside)
                 meta_gradient.update(zip(part.rule.parameters(), found, strict=True))
-        stacked = torch.stack(losses)  # [num_steps, num_tasks]
-        meta_loss = _attach(_weighted(stacked, weights), list(meta_gradient.values()), parameters)
+        meta_loss = _attach(_weighted(stacked, weights, self.log_loss), list(meta_gradient.values()), parameters)
         return Truncation(stacked, meta_loss, imitation_loss)
 
     def _buffers_for(self, episode: Episode, num_steps: int) -> list[tuple[RuleUnroll, Tensor]]:
@@ -259,7 +265,7 @@ class Unroll:
             part.state, part.gradient = state.detach(), gradient.detach()
         episode.losses = losses[-1].detach()
         stacked = torch.stack(losses)
-        return Truncation(stacked.detach(), _weighted(stacked, weights), stacked.new_zeros(()))
+        return Truncation(stacked.detach(), _weighted(stacked, weights, self.log_loss), stacked.new_zeros(()))
 
 
 class _Lesson:
@@ -285,9 +291,14 @@ def _split(theta: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
     return [part.view(one.shape) for part, one in zip(parts, like, strict=True)]
 
 
-def _weighted(losses: Tensor, weights: Sequence[float]) -> Tensor:
-    """The weighted sum over inner steps of losses `[num_steps, num_tasks]`, the mean over tasks."""
-    return (losses.mean(1) * losses.new_tensor(weights)).sum()
+def _weighted(losses: Tensor, weights: Sequence[float], log: bool) -> Tensor:
+    """The weighted sum over inner steps of losses `[num_steps, num_tasks]`, the mean over tasks, or its logarithm."""
+    means = _floored(losses.mean(1)).log() if log else losses.mean(1)
+    return (means * losses.new_tensor(weights)).sum()
+
+
+def _floored(means: Tensor) -> Tensor:
+    return means.clamp(min=torch.finfo(means.dtype).tiny)
 
 
 class _Attach(torch.autograd.Function):

@@ -51,7 +51,7 @@ def rule(request):
     return request.param().double()
 
 
-def brute_force(task, rule, batch, num_steps, start=None, state=None, detach=True, weights=None):
+def brute_force(task, rule, batch, num_steps, start=None, state=None, detach=True, weights=None, log=False):
     """The meta-loss of one truncation, summed term by term with one graph through all of it."""
     params, buffers = init_from_seeds(task, batch["seed"])
     params = start or params
@@ -73,7 +73,8 @@ def brute_force(task, rule, batch, num_steps, start=None, state=None, detach=Tru
             params |= {name: before[name] + u.view(before[name].shape) for name, u in zip(names, parts, strict=True)}
         after = task.loss({**params, **buffers}, batch, t + 1)
         losses.append(after.detach())
-        meta_loss = meta_loss + after.mean() * (weights[t] if weights else 1)
+        term = after.mean().log() if log else after.mean()
+        meta_loss = meta_loss + term * (weights[t] if weights else 1)
     return meta_loss, torch.stack(losses), params, state
 
 
@@ -94,13 +95,14 @@ def test_meta_gradient_is_brute_force_autograd_with_gradients_detached(task, rul
 
 
 @pytest.mark.parametrize("second_derivatives", [False, True])
-def test_meta_gradient_of_a_weighted_meta_loss(second_derivatives):
+@pytest.mark.parametrize("log", [False, True])
+def test_meta_gradient_of_a_weighted_meta_loss(second_derivatives, log):
     torch.manual_seed(0)
     task, rule = TASKS["mlp"](), CoordinatewiseLSTM(hidden_size=5, output_scale=0.5).double()
     batch, weights = data(task, 3), [0.0, 0.3, 2.0, -1.0, 0.0, 4.0]
-    meta_loss, *_ = brute_force(task, rule, batch, NUM_STEPS, detach=not second_derivatives, weights=weights)
+    meta_loss, *_ = brute_force(task, rule, batch, NUM_STEPS, detach=not second_derivatives, weights=weights, log=log)
     want = torch.autograd.grad(meta_loss, list(rule.parameters()), materialize_grads=True)
-    unroll = Unroll(task, rule, second_derivatives=second_derivatives)
+    unroll = Unroll(task, rule, second_derivatives=second_derivatives, log_loss=log)
     result = unroll.run(unroll.start(batch), NUM_STEPS, weights)
     result.meta_loss.backward()
     torch.testing.assert_close(result.meta_loss, meta_loss, rtol=1e-10, atol=1e-12)
