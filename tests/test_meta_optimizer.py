@@ -128,15 +128,16 @@ def test_loss_weights(kind, want):
     assert LOSS_WEIGHTS[kind](5) == pytest.approx(want)
 
 
-@pytest.mark.parametrize("kind, steps", [("linear", 2), ("last", 1)])
-def test_training_weighs_every_truncation_and_leaves_out_those_without_weight(trainer, kind, steps):
-    module, fit = make(lr=0.01, loss_weights=kind), trainer(max_epochs=1, limit_train_batches=1, limit_val_batches=0)
+@pytest.mark.parametrize("kind, steps, log", [("linear", 2, False), ("last", 1, False), ("linear", 2, True)])
+def test_training_weighs_every_truncation_and_leaves_out_those_without_weight(trainer, kind, steps, log):
+    module = make(lr=0.01, loss_weights=kind, log_loss=log)
+    fit = trainer(max_epochs=1, limit_train_batches=1, limit_val_batches=0)
     rule = copy.deepcopy(module.rule)
     datamodule = data()
     fit.fit(module, datamodule)
     assert fit.global_step == steps
 
-    adam, unroll = torch.optim.Adam(rule.parameters(), lr=0.01), Unroll(Quadratic(3), rule)
+    adam, unroll = torch.optim.Adam(rule.parameters(), lr=0.01), Unroll(Quadratic(3), rule, log_loss=log)
     datamodule = data()
     datamodule.setup()
     episode, total = unroll.start(next(iter(datamodule.train_dataloader()))), 0.0
