@@ -110,7 +110,7 @@ def pages(root: Path, *, small: bool = False) -> list[Page]:
         Page(
             "MLP on MNIST: inner steps and batch size",
             [*network, *few],
-            steps,
+            Axis.of("inner steps", "model.num_steps", *horizons[:: 1 if small else 2]),
             Axis.of("batch", "data.batch_size", *batches),
         ),
         Page("Quadratics: inner steps and dimension", quadratics, steps, dimension),

@@ -89,6 +89,8 @@ class MetaOptimizer(LightningModule):
             far the rule's updates are from those that the `teacher` makes of the same gradients, relative to their
             size; see `unroll.Truncation`. Logged as `train/imitation_loss`.
         teacher: Whom to imitate: an optimizer that works on each coordinate by itself, with its learning rate.
+        teacher_schedule: Schedule of the teacher's learning rate, in *inner steps*, such as
+            `torch.optim.lr_scheduler.LinearLR`; None: it stays as it is.
         imitation_epochs: *Epochs* over which `imitation` falls, evenly, to 0; None leaves it as it is.
         start: From whose weights meta-training starts: name of a shipped rule, or path of a rule file or checkpoint;
             a rule of groups takes them in each group. The rule's other arguments may differ from those of that rule.
@@ -126,6 +128,7 @@ class MetaOptimizer(LightningModule):
         imitation_epochs: int | None = None,
         start: str | None = None,
         log_loss: bool = False,
+        teacher_schedule: LRSchedulerCallable | None = None,
     ) -> None:
         super().__init__()
         check_type(Task, "a Task, such as Quadratic()", task=task)
@@ -153,8 +156,9 @@ class MetaOptimizer(LightningModule):
         check_at_least(1, optional=True, imitation_epochs=imitation_epochs)
         if imitation and second_derivatives:
             raise ValueError("imitation and second_derivatives=True do not go together; leave one out")
-        if lr_scheduler is not None:
-            check_callable("a function of the optimizer that makes a schedule", lr_scheduler=lr_scheduler)
+        for name, schedule in (("lr_scheduler", lr_scheduler), ("teacher_schedule", teacher_schedule)):
+            if schedule is not None:
+                check_callable("a function of the optimizer that makes a schedule", **{name: schedule})
         if not any(True for _ in rule.parameters()):
             raise ValueError(f"rule={brief(rule)} has no parameters to meta-train; give one that has some")
         if start is not None:
@@ -170,7 +174,7 @@ class MetaOptimizer(LightningModule):
         self.train_task = train_task
         self.imitation, self.teacher, self.imitation_epochs = imitation, teacher, imitation_epochs
         self.unroll = Unroll(train_task or task, rule, second_derivatives, memory, memory_budget)
-        self.unroll.teacher, self.unroll.log_loss = teacher, log_loss
+        self.unroll.teacher, self.unroll.teacher_schedule, self.unroll.log_loss = teacher, teacher_schedule, log_loss
         self.skipped = self.skipped_in_a_row = 0
         # "disable": a loss that is no number must show, not drop out of the mean.
         names = ("final_loss", "trajectory_loss", "meta_loss", "unseen_loss", "unseen_accuracy")

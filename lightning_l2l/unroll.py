@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
 
 from lightning_l2l.rules.base import Memory, RuleUnroll, UpdateRule
 from lightning_l2l.tasks.base import Task, check_losses, init_from_seeds
@@ -40,6 +41,7 @@ class Part:
         state: The rule's state, `[state_size, num_coordinates]`.
         gradient: Gradient at `theta`, `[num_tasks, coordinates of one]`.
         teacher: What the rule is to imitate, if anything: an optimizer of `shadow`.
+        schedule: That of the teacher's learning rate, if it has one.
         shadow: `[num_tasks, coordinates of one]`, where the teacher's updates show.
     """
 
@@ -49,6 +51,7 @@ class Part:
     state: Tensor
     gradient: Tensor
     teacher: Optimizer | None = None
+    schedule: LRScheduler | None = None
     shadow: Tensor = field(default_factory=lambda: torch.empty(0))
 
     @torch.no_grad()
@@ -58,6 +61,8 @@ class Part:
         self.shadow.zero_()
         self.shadow.grad = gradient.clone()
         self.teacher.step()
+        if self.schedule is not None:
+            self.schedule.step()
         return self.shadow.detach()
 
 
@@ -118,6 +123,7 @@ class Unroll:
         block: Coordinates that the rule treats at once; None: what suits the device.
         teacher: Makes the optimizer that the rule is to imitate from a list of parameters; it is fed the gradients of
             the rule's own trajectory and has to work on each coordinate by itself.
+        teacher_schedule: Makes the schedule of its learning rate, in *inner steps*, from that optimizer, if it has one.
         imitation: Factor on the loss of the imitation, at least 0; it may be changed between truncations.
         log_loss: Let the terms of the meta-loss be w_t log(mean over tasks of f_t), so that episodes with losses of
             different scale count alike. For losses that are not negative; below the smallest normal number they count
@@ -131,6 +137,7 @@ class Unroll:
     memory_budget: int = 2**30
     block: int | None = None
     teacher: Callable[[list[Tensor]], Optimizer] | None = None
+    teacher_schedule: Callable[[Any], LRScheduler] | None = None
     imitation: float = 0.0
     log_loss: bool = False
     _buffers: dict[tuple[Any, ...], list[tuple[RuleUnroll, Tensor]]] = field(default_factory=dict, repr=False)
@@ -155,6 +162,7 @@ class Unroll:
             if self.teacher is not None and self.imitation:
                 part.shadow = torch.zeros_like(theta).requires_grad_()
                 part.teacher = self.teacher([part.shadow])
+                part.schedule = self.teacher_schedule and self.teacher_schedule(part.teacher)
             parts.append(part)
         episode = Episode(task, batch, parts, params, {**params, **buffers}, like.new_empty(0))
         self._evaluate(episode, [part.gradient for part in parts])

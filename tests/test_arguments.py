@@ -171,8 +171,8 @@ CONSTRUCTORS = {
     CoordinatewiseLSTM: ("hidden_size num_layers preprocessing p output_scale forget_bias".split(), use_rule),
     make_module: (
         "task rule num_steps unroll_length loss_weights final_steps lr optimizer lr_scheduler anneal gradient_clip "
-        "max_skipped second_derivatives memory memory_budget imitation teacher imitation_epochs train_task "
-        "start".split(),
+        "max_skipped second_derivatives memory memory_budget imitation teacher teacher_schedule imitation_epochs "
+        "train_task start log_loss".split(),
         use_meta_optimizer,
     ),
     Quadratic: (["dim"], use_task),

@@ -244,21 +244,24 @@ def test_a_broken_task_gets_one_clear_line(change, message):
         Unroll(Wrong(change), rule).start(batch)
 
 
+@pytest.mark.parametrize("gamma", [None, 0.8])
 @pytest.mark.parametrize("weights", [[1.0] * NUM_STEPS, [0.0] * NUM_STEPS], ids=["with", "without a meta-loss"])
-def test_imitation_adds_the_gradient_of_its_loss(task, rule, weights):
+def test_imitation_adds_the_gradient_of_its_loss(task, rule, weights, gamma):
     batch, strength = data(task, 2), 7.0
     meta_loss, _, _, _ = brute_force(task, rule, batch, NUM_STEPS, weights=weights)
     plain = Unroll(task, rule)
     episode = plain.start(batch)
-    # The teacher is SGD with momentum: velocity v = 0.5 v + g, update -0.3 v, on the rule's own trajectory.
+    # The teacher is SGD with momentum: velocity v = 0.5 v + g, update -lr v, on the rule's own trajectory; its
+    # learning rate may fall by a factor every step.
     missed, size = 0.0, 0.0
     fed = [(part, torch.zeros_like(part.theta), part.state.clone()) for part in episode.parts]
-    for _ in range(NUM_STEPS):
+    for t in range(NUM_STEPS):
+        lr = 0.3 * (gamma or 1) ** t
         for k, (part, velocity, state) in enumerate(fed):
             velocity = 0.5 * velocity + part.gradient
             update, state = part.rule(part.gradient.flatten(), state)
-            missed = missed + (update + 0.3 * velocity.flatten()).square().sum()
-            size = size + (0.3 * velocity).square().sum()
+            missed = missed + (update + lr * velocity.flatten()).square().sum()
+            size = size + (lr * velocity).square().sum()
             fed[k] = (part, velocity, state)
         plain.run(episode, 1)
     imitation_loss = NUM_STEPS * missed / size
@@ -267,7 +270,10 @@ def test_imitation_adds_the_gradient_of_its_loss(task, rule, weights):
     def sgd(params):
         return torch.optim.SGD(params, lr=0.3, momentum=0.5)
 
-    unroll = Unroll(task, rule, teacher=sgd, imitation=strength)
+    def falling(optimizer):
+        return torch.optim.lr_scheduler.ExponentialLR(optimizer, gamma)
+
+    unroll = Unroll(task, rule, teacher=sgd, imitation=strength, teacher_schedule=gamma and falling)
     result = unroll.run(unroll.start(batch), NUM_STEPS, weights)
     result.meta_loss.backward()
     torch.testing.assert_close(result.meta_loss, meta_loss.detach().to(result.meta_loss), rtol=1e-10, atol=1e-12)
