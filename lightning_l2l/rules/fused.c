@@ -153,7 +153,7 @@ typedef struct {
   long hidden, layers;       /* units a layer, layers */
   long kind;                 /* IDENTITY: the gradient; LOG_AND_SIGN: preprocessing.py; MOMENTS: rnnprop.py */
   long means;                /* of MOMENTS: running means of the gradient, at most MOST_MEANS */
-  long time, decay;          /* of MOMENTS: whether the time is a feature; steps until updates shrink, or 0 */
+  long time, decay, horizon; /* of MOMENTS: whether the time is a feature; see rnnprop.py, 0 for none */
   float p, e_to_p;           /* of LOG_AND_SIGN */
   float gain1[MOST_MEANS], gain2, eps; /* of MOMENTS: 1 - beta; it has an input layer first, and a tanh at the end */
   float scale;               /* of the update */
@@ -166,9 +166,11 @@ static long features(const Rule *rule) {
 /* Rows of what the lowest layer reads of a gradient. */
 static long of_gradient(const Rule *rule) { return rule->kind == MOMENTS ? rule->hidden : features(rule); }
 
+static long has_clock(const Rule *rule) { return rule->time || rule->decay || rule->horizon; }
+
 /* Rows of state besides those of the layers, which come first. */
 static long memories(const Rule *rule) {
-  return rule->kind == MOMENTS ? 2 * rule->means + 2 + (rule->time || rule->decay) : 0;
+  return rule->kind == MOMENTS ? 2 * rule->means + 2 + has_clock(rule) : 0;
 }
 
 /* The row with the number of steps, where there is one. */
@@ -197,7 +199,7 @@ INLINE void preprocess(const Rule *rule, const float *restrict gradient, float *
       }
       *(vec *)(x + means * TILE + v) = g / root;
       vec *steps = (vec *)(clock_of(rule, memory) + v);
-      if (rule->time || rule->decay) *steps += 1.0f;
+      if (has_clock(rule)) *steps += 1.0f;
       if (rule->time) *(vec *)(x + (means + 1) * TILE + v) = 0.25f * log_abs(1.0f + *steps) - 1.0f;
     } else
       *(vec *)(x + v) = g;
@@ -419,7 +421,10 @@ INLINE void unit(const float *restrict sums, float *restrict cell, float *restri
 /* Factor on the bounded updates of a tile, vector v, after so many steps, of which `clock` has `more` by now. */
 INLINE vec bound(const Rule *rule, const float *restrict clock, int v, long more) {
   vec found = ALL(rule->scale);
-  if (rule->decay) found /= square_root(1.0f + (((const vec *)clock)[v] - (float)more) / (float)rule->decay);
+  if (!rule->decay && !rule->horizon) return found;
+  vec step = ((const vec *)clock)[v] - (float)more;
+  if (rule->decay) found /= square_root(1.0f + step / (float)rule->decay);
+  if (rule->horizon) found *= 1.0f - 0.95f * at_most((step - 1.0f) / (float)rule->horizon, 1.0f);
   return found;
 }
 
