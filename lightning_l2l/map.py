@@ -154,7 +154,7 @@ def main(args: list[str] | None = None) -> int:
     parser.add_argument("--folder", type=Path, default=Path("map"), help="where version_N is made (map)")
     resume = "a version_N: run what it has not; a further RULE meets the baselines that are tuned there already"
     parser.add_argument("--resume", type=Path, metavar="FOLDER", help=resume)
-    options = parser.parse_args(args)
+    options = parser.parse_intermixed_args(args)
     known = pages(options.root, small=options.small)
     chosen = [page for page in known if any(text in page.name for text in options.only or [""])]
     for text in options.only:
