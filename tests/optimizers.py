@@ -55,7 +55,7 @@ LSTMS = {
     "rnnprop-one-unit": lambda: RNNprop(hidden_size=1, num_layers=3, beta1=0.0),
     "rnnprop-means-and-time": lambda: RNNprop(hidden_size=3, beta1=[0.0, 0.9, 0.99], beta2=0.999, time=True),
     "rnnprop-decay": lambda: RNNprop(hidden_size=4, decay=2),
-    "rnnprop-horizon": lambda: RNNprop(hidden_size=4, horizon=2),
+    "rnnprop-horizon-and-warmup": lambda: RNNprop(hidden_size=4, horizon=2, warmup=3),
 }
 
 

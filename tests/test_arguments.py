@@ -167,7 +167,7 @@ def make_baseline(**options):
 SIZES = "episodes_per_epoch num_val_tasks num_test_tasks eval_tasks num_workers num_steps num_tasks seed".split()
 IMAGES = "root batch_size download num_unseen".split()
 CONSTRUCTORS = {
-    RNNprop: ("hidden_size num_layers beta1 beta2 eps output_scale time decay horizon".split(), use_rule),
+    RNNprop: ("hidden_size num_layers beta1 beta2 eps output_scale time decay horizon warmup".split(), use_rule),
     CoordinatewiseLSTM: ("hidden_size num_layers preprocessing p output_scale forget_bias".split(), use_rule),
     make_module: (
         "task rule num_steps unroll_length loss_weights final_steps lr optimizer lr_scheduler anneal gradient_clip "

@@ -153,7 +153,7 @@ typedef struct {
   long hidden, layers;       /* units a layer, layers */
   long kind;                 /* IDENTITY: the gradient; LOG_AND_SIGN: preprocessing.py; MOMENTS: rnnprop.py */
   long means;                /* of MOMENTS: running means of the gradient, at most MOST_MEANS */
-  long time, decay, horizon; /* of MOMENTS: whether the time is a feature; see rnnprop.py, 0 for none */
+  long time, warmup, decay, horizon; /* of MOMENTS: whether the time is a feature; see rnnprop.py, 0 for none */
   float p, e_to_p;           /* of LOG_AND_SIGN */
   float gain1[MOST_MEANS], gain2, eps; /* of MOMENTS: 1 - beta; it has an input layer first, and a tanh at the end */
   float scale;               /* of the update */
@@ -166,7 +166,9 @@ static long features(const Rule *rule) {
 /* Rows of what the lowest layer reads of a gradient. */
 static long of_gradient(const Rule *rule) { return rule->kind == MOMENTS ? rule->hidden : features(rule); }
 
-static long has_clock(const Rule *rule) { return rule->time || rule->decay || rule->horizon; }
+static long falls(const Rule *rule) { return rule->warmup || rule->decay || rule->horizon; }
+
+static long has_clock(const Rule *rule) { return rule->time || falls(rule); }
 
 /* Rows of state besides those of the layers, which come first. */
 static long memories(const Rule *rule) {
@@ -421,8 +423,9 @@ INLINE void unit(const float *restrict sums, float *restrict cell, float *restri
 /* Factor on the bounded updates of a tile, vector v, after so many steps, of which `clock` has `more` by now. */
 INLINE vec bound(const Rule *rule, const float *restrict clock, int v, long more) {
   vec found = ALL(rule->scale);
-  if (!rule->decay && !rule->horizon) return found;
+  if (!falls(rule)) return found;
   vec step = ((const vec *)clock)[v] - (float)more;
+  if (rule->warmup) found *= at_most(step / (float)rule->warmup, 1.0f);
   if (rule->decay) found /= square_root(1.0f + step / (float)rule->decay);
   if (rule->horizon) found *= 1.0f - 0.95f * at_most((step - 1.0f) / (float)rule->horizon, 1.0f);
   return found;

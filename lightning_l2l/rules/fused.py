@@ -40,7 +40,10 @@ class FusedRule(ctypes.Structure):
     """A rule's numbers, as `Rule` in fused.c has them."""
 
     _fields_ = (
-        *((name, ctypes.c_long) for name in ("hidden", "layers", "kind", "means", "time", "decay", "horizon")),
+        *(
+            (name, ctypes.c_long)
+            for name in ("hidden", "layers", "kind", "means", "time", "warmup", "decay", "horizon")
+        ),
         *((name, ctypes.c_float) for name in ("p", "e_to_p")),
         ("gain1", ctypes.c_float * MOST_MEANS),
         *((name, ctypes.c_float) for name in ("gain2", "eps", "scale")),
@@ -53,7 +56,7 @@ class FusedRule(ctypes.Structure):
         """Hidden units, layers and factor on the update of a rule of this `kind`, which is among `KINDS`.
 
         "log_and_sign" needs its `p`; "moments" needs `gain1`, 1 - beta of each mean, `gain2`, `eps`, `time`, and
-        `decay` and `horizon`, 0 for none.
+        `warmup`, `decay` and `horizon`, 0 for none.
         """
         if "p" in numbers:
             numbers["e_to_p"] = math.exp(numbers["p"])

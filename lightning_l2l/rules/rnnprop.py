@@ -37,9 +37,11 @@ class RNNprop(UpdateRule):
     horizons and activations other than those of meta-training.
 
     What goes beyond the paper, and is off by default: several means, fast and slow ones; the time as an input; and a
-    bound that falls, alpha_t = alpha / sqrt(1 + t / decay), or evenly to alpha / 20 at the horizon. Without that a rule
-    which never sees how large gradients are keeps on making steps as large as the noise lets it, and over thousands of
-    steps comes no closer.
+    bound that changes. It rises at first, alpha_t = alpha t / warmup: as with Adam, the first updates are as large as
+    they can be, and leave some networks with units that never work again, of which no meta-gradient tells. And it
+    falls, alpha_t = alpha / sqrt(1 + t / decay), or evenly to alpha / 20 at the horizon: without that a rule which
+    never sees how large gradients are keeps on making steps as large as the noise lets it, and over thousands of steps
+    comes no closer.
 
     State: `[state_size, num_coordinates]`, rows (h, c) of the lowest layer first, then the running means of the
     gradient and that of its square, what the weights in each of them add up to, and the number of steps.
@@ -55,6 +57,7 @@ class RNNprop(UpdateRule):
         decay: *Inner steps* after which the bound has fallen by sqrt(2), at least 1; None: it does not fall so.
         horizon: *Inner steps* that an optimizee is trained for, at least 1: from alpha at the first step the bound
             falls evenly to alpha / 20 after so many, and stays there; None: it does not fall so.
+        warmup: *Inner steps* over which the bound rises to alpha, at least 1; None: it starts with that.
 
     Raises:
         ValueError: A size below 1 or one that needs more memory than there is, or another argument out of range.
@@ -81,6 +84,7 @@ class RNNprop(UpdateRule):
         time: bool = False,
         decay: int | None = None,
         horizon: int | None = None,
+        warmup: int | None = None,
     ) -> None:
         super().__init__()
         check_sizes(hidden_size, num_layers)
@@ -91,12 +95,12 @@ class RNNprop(UpdateRule):
             if not is_number(beta) or not 0 <= beta < 1:
                 raise ValueError(f"{name}={brief(beta)} is out of range; use a number from 0 to below 1, such as 0.95")
         check_flag(time=time)
-        check_at_least(1, MOST, optional=True, decay=decay, horizon=horizon)
+        check_at_least(1, MOST, optional=True, decay=decay, horizon=horizon, warmup=warmup)
         check_positive(eps=eps)
         check_output_scale(output_scale)
         self.hidden_size, self.num_layers = hidden_size, num_layers
         self.beta1, self.beta2, self.eps, self.output_scale = beta1, beta2, eps, output_scale
-        self.time, self.decay, self.horizon = time, decay, horizon
+        self.time, self.decay, self.horizon, self.warmup = time, decay, horizon, warmup
         self._gains = [1 - beta for beta in means]  # of beta itself, float32 would lose digits
         register_layers(self, hidden_size, hidden_size, num_layers)
         self.readout = nn.Linear(hidden_size, 1)
@@ -110,7 +114,7 @@ class RNNprop(UpdateRule):
     @property
     def _has_clock(self) -> int:
         """Rows of state with the number of steps: 1 or 0."""
-        return int(self.time or self.decay is not None or self.horizon is not None)
+        return int(self.time or any(given is not None for given in (self.warmup, self.decay, self.horizon)))
 
     @property
     def state_size(self) -> int:
@@ -136,6 +140,8 @@ class RNNprop(UpdateRule):
         x = nn.functional.elu(self.input(x.t())).t()
         h, after = run_layers(layers_of(self, self.num_layers), x, of_layers)
         update = self.output_scale * torch.tanh(self.readout(h.t())[:, 0])
+        if self.warmup is not None:
+            update = update * (steps[0] / self.warmup).clamp(max=1)
         if self.decay is not None:
             update = update / (1 + steps[0] / self.decay).sqrt()
         if self.horizon is not None:
@@ -168,6 +174,6 @@ class RNNprop(UpdateRule):
     def _fused(self, library: Any, *, back: bool = False) -> FusedLSTM:
         """The compiled kernel with this rule's weights as they are now; `back` for the backward pass too."""
         numbers = {"gain2": 1 - self.beta2, "eps": self.eps, "time": self.time}
-        numbers |= {"decay": self.decay or 0, "horizon": self.horizon or 0}
+        numbers |= {"warmup": self.warmup or 0, "decay": self.decay or 0, "horizon": self.horizon or 0}
         rule = FusedRule.of("moments", self.hidden_size, self.num_layers, self.output_scale, self._gains, **numbers)
         return FusedLSTM(library, rule, list(self.parameters()), back=back)

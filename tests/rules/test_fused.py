@@ -14,7 +14,7 @@ compiler = pytest.mark.skipif(shutil.which(os.environ.get("CC", "cc")) is None, 
 
 
 def make_with_time(**options):
-    return RNNprop(beta1=[0.5, 0.9, 0.99], beta2=0.999, time=True, decay=3, horizon=15, **options)
+    return RNNprop(beta1=[0.5, 0.9, 0.99], beta2=0.999, time=True, decay=3, horizon=15, warmup=4, **options)
 
 
 KINDS = {

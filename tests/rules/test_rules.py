@@ -179,25 +179,32 @@ def test_blocks_cover_everything_once(total, largest):
     assert all(part.stop - part.start <= largest for part in parts)
 
 
-def test_the_bound_of_rnnprop_falls_as_asked_for_and_the_time_is_an_input():
+def test_the_bound_of_rnnprop_rises_and_falls_as_asked_for_and_the_time_is_an_input():
     torch.manual_seed(0)
     plain, gradients = RNNprop(hidden_size=3, num_layers=1), torch.randn(9, 5)
-    falling, ending, timed = RNNprop(3, 1, decay=4), RNNprop(3, 1, horizon=5), RNNprop(3, 1, time=True)
-    falling.load_state_dict(plain.state_dict())
-    ending.load_state_dict(plain.state_dict())
-    states = [rule.init_state(5) for rule in (plain, falling, timed, ending)]
+    timed, factors = (
+        RNNprop(3, 1, time=True),
+        {
+            "decay": (4, [(1 + t / 4) ** -0.5 for t in range(1, 10)]),
+            "horizon": (5, [1, 0.81, 0.62, 0.43, 0.24, 0.05, 0.05, 0.05, 0.05]),
+            "warmup": (4, [0.25, 0.5, 0.75, 1, 1, 1, 1, 1, 1]),
+        },
+    )
+    changing = [RNNprop(3, 1, **{name: given}) for name, (given, _) in factors.items()]
+    for rule in changing:
+        rule.load_state_dict(plain.state_dict())
+    states = [rule.init_state(5) for rule in (plain, *changing, timed)]
     for t, gradient in enumerate(gradients, 1):
         want, states[0] = plain(gradient, states[0])
-        found, states[1] = falling(gradient, states[1])
-        torch.testing.assert_close(found, want / (1 + t / 4) ** 0.5)
-        found, states[3] = ending(gradient, states[3])
-        torch.testing.assert_close(found, want * [1, 0.81, 0.62, 0.43, 0.24, 0.05, 0.05, 0.05, 0.05][t - 1])
-        _, states[2] = timed(gradient, states[2])
-        assert states[1][-1].tolist() == states[2][-1].tolist() == states[3][-1].tolist() == [t] * 5
+        for k, (rule, (_, wanted)) in enumerate(zip(changing, factors.values(), strict=True), 1):
+            found, states[k] = rule(gradient, states[k])
+            torch.testing.assert_close(found, want * wanted[t - 1])
+        _, states[-1] = timed(gradient, states[-1])
+        assert all(state[-1].tolist() == [t] * 5 for state in states[1:])
     with torch.no_grad():
         timed.input.weight[:, :2] = timed.input.bias[:] = 0
         timed.input.weight[:, 2] = 1
     seen = []
     timed.input.register_forward_hook(lambda layer, given, made: seen.append(made))
-    timed(gradients[0], states[2])
+    timed(gradients[0], states[-1])
     torch.testing.assert_close(seen[0], torch.full((5, 3), math.log(11) / 4 - 1))
