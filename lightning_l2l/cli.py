@@ -26,7 +26,7 @@ from lightning_l2l.checkpoints import LAST, PREVIOUS, AtomicCheckpointIO, read_t
 from lightning_l2l.errors import PROG, OneLineParser, find_foreseen, in_one_line
 from lightning_l2l.interrupt import ResumeCheckpoint, terminable
 from lightning_l2l.meta_optimizer import MetaOptimizer
-from lightning_l2l.rule_files import SUFFIX, load_rule, save_rule, shipped_rules
+from lightning_l2l.rule_files import SUFFIX, fill_rule, load_rule, save_rule, shipped_rules
 from lightning_l2l.rules import UpdateRule
 from lightning_l2l.rules.describe import check_names, describe, signature_of
 from lightning_l2l.run_folder import RunLogger, folders_of, held, room_for
@@ -281,14 +281,19 @@ def _newest_last(root: Path) -> Path:
     return found[-1]
 
 
-def export(ckpt_path: str, output: Path) -> None:
+def export(ckpt_path: str, output: Path, init_args: dict[str, Any] | None = None) -> None:
     """Write the rule of a checkpoint to a file of some 20 kB that `load_rule` reads.
 
     Args:
         ckpt_path: A checkpoint, the name of a shipped rule, or "last" for the newest run under this folder.
         output: Where to, with the suffix .npz; an existing file is replaced.
+        init_args: Arguments of the rule that are to be others, such as {decay: 1000}; its weights have to fit them.
     """
     rule = load_rule(_newest_last(Path()) if ckpt_path == NEWEST else ckpt_path)
+    if init_args:
+        described = describe(rule)
+        described["init_args"] |= init_args
+        rule = fill_rule(described, rule.state_dict(), f"{ckpt_path!r} with {init_args}")
     save_rule(rule, output)
     print(f"{output}: {signature_of(rule)}, {output.stat().st_size / 1000:.0f} kB")
     print(f'Use it: LearnedOptimizer(model.parameters(), "{output}")')

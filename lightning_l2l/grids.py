@@ -123,7 +123,6 @@ def pages(root: Path, *, small: bool = False) -> list[Page]:
         Page(
             "ConvNet on CIFAR-10: classes and inner steps",
             [
-                _ALL,
                 *_network("ConvNet", f"channels={2 if small else 8}"),
                 *_images("CIFAR10", root),
                 "--model.final_steps=10",
@@ -136,7 +135,8 @@ def pages(root: Path, *, small: bool = False) -> list[Page]:
 
 
 def _classes(number: int) -> list[str]:
-    return [f"--data.classes={list(range(number))}", f"--model.task.module.out_features={number}"]
+    baselines = _ALL if number == 10 else _THREE
+    return [baselines, f"--data.classes={list(range(number))}", f"--model.task.module.out_features={number}"]
 
 
 def _suite(root: Path, *, small: bool) -> dict[str, list[str]]:

@@ -100,6 +100,14 @@ def test_export_writes_a_small_file_that_is_the_trained_rule(capsys):
     assert all(torch.equal(a, b) for a, b in zip(mine.parameters(), last.parameters(), strict=True))
 
 
+def test_export_changes_arguments_that_leave_the_weights_as_they_are(capsys):
+    main(["export", "--ckpt_path=rnnprop", "--output=mine.npz", "--init_args={warmup: 7, decay: null}"])
+    assert "warmup=7" in capsys.readouterr().out
+    given, mine = load_rule("rnnprop"), load_rule("mine.npz")
+    assert (mine.warmup, mine.decay, mine.beta1) == (7, None, given.beta1)
+    assert all(torch.equal(a, b) for a, b in zip(mine.parameters(), given.parameters(), strict=True))
+
+
 def scalars(folder):
     events = EventAccumulator(str(folder))
     events.Reload()

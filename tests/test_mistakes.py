@@ -284,6 +284,14 @@ RAISED = {
     "folder in the way": (["export", "--ckpt_path=mnist", "--output=folder.npz"], "'folder.npz' is a folder"),
     "export damaged": (["export", "--ckpt_path=damaged.ckpt", "--output=rule.npz"], "damaged"),
     "export last": (["export", "--ckpt_path=last", "--output=rule.npz"], "no checkpoints/last.ckpt"),
+    "export another size": (
+        ["export", "--ckpt_path=mnist", "--output=rule.npz", "--init_args={hidden_size: 3}"],
+        "the weights in 'mnist' with {'hidden_size': 3} do not fit the rule they are for",
+    ),
+    "export an argument that is none": (
+        ["export", "--ckpt_path=mnist", "--output=rule.npz", "--init_args={decy: 3}"],
+        "'mnist' with {'decy': 3} describes a rule that there is not",
+    ),
     "no images": (
         ["fit", *mnist("absent", MNIST)],
         "has no train-images-idx3-ubyte(.gz); put it there, or set download=True",
