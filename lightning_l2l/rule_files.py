@@ -42,9 +42,9 @@ def load_rule(source: str | Path | Mapping[str, Any], rule: UpdateRule | None = 
     No file can execute code: rule files are read without pickle, all others with `weights_only=True`.
 
     Args:
-        source: Name of a shipped rule ("mnist", "quadratic", "rnnprop"); path of a rule file (`.npz`), of a Lightning
-            checkpoint of `MetaOptimizer`, or of a state_dict; or what such a checkpoint or state_dict holds, loaded
-            already.
+        source: Name of a shipped rule, such as "general" (see `shipped_rules`); path of a rule file (`.npz`), of a
+            Lightning checkpoint of `MetaOptimizer`, or of a state_dict; or what such a checkpoint or state_dict holds,
+            loaded already.
         rule: With a bare state_dict only, which does not say what it belongs to: a rule of that class with the
             arguments it was trained with. It is left as it is.
 
@@ -258,7 +258,7 @@ def shipped_rules() -> list[str]:
 
     Example:
         >>> shipped_rules()
-        ['mnist', 'quadratic', 'rnnprop']
+        ['cifar10', 'cifar10_sub', 'general', 'mnist', 'quadratic', 'rnnprop']
     """
     return sorted(path.stem for path in _SHIPPED.glob(f"*{SUFFIX}"))
 
