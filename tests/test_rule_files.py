@@ -127,7 +127,7 @@ def test_load_rule_reads_rule_files_and_knows_the_shipped_ones(rule, tmp_path):
         assert torch.equal(load_rule(source).readout.weight, rule.readout.weight)
     for name in NAMES:
         assert describe(load_rule(name)) == describe(rule_files.read_shipped(name))
-    with pytest.raises(FileNotFoundError, match=r"no rule at 'cifar'; .* a shipped rule: cifar10, cifar10_sub, general"):
+    with pytest.raises(FileNotFoundError, match=r"no rule at 'cifar'; .* shipped rule: cifar10, cifar10_sub, general"):
         load_rule("cifar")
     with pytest.raises(FileNotFoundError, match=r"no rule at .*nothing\.npz"):
         load_rule(tmp_path / "nothing.npz")
