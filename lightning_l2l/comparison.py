@@ -15,8 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
 
-from lightning_l2l.arguments import brief, check_positive, check_type
+from lightning_l2l.arguments import brief, check_callable, check_positive, check_type
 from lightning_l2l.results import final_losses
 from lightning_l2l.tasks.base import Task, check_losses, init_from_seeds
 from lightning_l2l.tasks.batches import get_entries
@@ -38,12 +39,15 @@ class Baseline:
             side in one tensor.
         options: Its other arguments.
         lr: A learning rate to keep to, above 0, such as the one that it has by default; None: it is tuned.
+        schedule: Makes the schedule of the learning rate, in *inner steps*, from the optimizer, such as
+            `torch.optim.lr_scheduler.LinearLR`; what is tuned is the rate that it starts from. None: it stays.
     """
 
     name: str
     optimizer: type[Optimizer]
     options: Mapping[str, Any] = field(default_factory=dict)
     lr: float | None = None
+    schedule: Callable[[Optimizer], LRScheduler] | None = None
 
     def __post_init__(self) -> None:
         """Refuse what is no optimizer or cannot name a folder.
@@ -52,6 +56,8 @@ class Baseline:
             ValueError: The name cannot name a folder, or `lr` is not above 0.
             TypeError: An argument is of another type.
         """
+        if self.schedule is not None:
+            check_callable("a function of the optimizer that makes a schedule", schedule=self.schedule)
         check_positive(optional=True, lr=self.lr)
         check_type(str, "a text", name=self.name)
         if not self.name.strip(".") or not self.name.isprintable() or set(self.name) & set("/\\"):
@@ -62,8 +68,16 @@ class Baseline:
 
     def at(self, lr: float) -> MakeOptimizer:
         """The optimizer at a learning rate."""
-        make: Callable[..., Optimizer] = self.optimizer
-        return lambda named: make([p for _, p in named], lr=lr, **self.options)
+
+        def make(named: list[tuple[str, Tensor]]) -> Optimizer:
+            of_class: Callable[..., Optimizer] = self.optimizer
+            optimizer = of_class([p for _, p in named], lr=lr, **self.options)
+            if self.schedule is not None:
+                schedule = self.schedule(optimizer)
+                optimizer.register_step_post_hook(lambda *_: schedule.step())
+            return optimizer
+
+        return make
 
 
 BASELINES = (

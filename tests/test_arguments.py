@@ -191,7 +191,7 @@ CONSTRUCTORS = {
     CIFAR10DataModule: (["classes", "train_classes", *IMAGES, *SIZES], use_cifar10),
     MLP: ("in_features hidden_size num_layers out_features activation".split(), use_mlp),
     make_network_task: ("module loss_fn init_scale stochastic reconstruct".split(), use_network_task),
-    make_baseline: ("name optimizer options lr".split(), leave),
+    make_baseline: ("name optimizer options lr schedule".split(), leave),
     LearningCurves: ("baselines quantiles every_n_epochs test_command".split(), leave),
     make_optimizer: ("rule lr weight_decay maximize max_update skip_nonfinite fallback_lr".split(), use_optimizer),
 }

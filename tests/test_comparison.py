@@ -59,6 +59,20 @@ def test_rollout_is_a_plain_loop_over_tasks(task, batches, name):
             optimizer.step()
 
 
+def test_the_learning_rate_of_a_baseline_may_have_a_schedule(task, batches):
+    def halving(optimizer):
+        return torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)
+
+    falling = Baseline("falling", torch.optim.SGD, schedule=halving)
+    losses = rollout(falling.at(0.03), task, batches[0], NUM_STEPS, CPU).losses[:, :1]
+    start, _ = init_from_seeds(task, batches[0]["seed"][:1])
+    theta = start["theta"][0]
+    W, y = batches[0]["W"][0], batches[0]["y"][0]
+    for t in range(NUM_STEPS + 1):
+        torch.testing.assert_close(losses[t, 0], (W @ theta - y).square().sum(), rtol=1e-4, atol=1e-5)
+        theta = theta - 0.03 * 0.5**t * 2 * W.T @ (W @ theta - y)
+
+
 def test_learned_optimizer_goes_the_way_of_the_unroll_exactly(task, batches):
     rule = CoordinatewiseLSTM(hidden_size=4, output_scale=0.3)
     losses = rollout(lambda params: LearnedOptimizer(params, rule), task, batches[0], 6, CPU).losses
