@@ -17,6 +17,7 @@ from lightning_l2l.results import Result
 
 #: Colours that people with any colour vision can tell apart (Okabe and Ito), strongest contrast first.
 COLOURS = ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000", "#999999")
+_MANY = 300  # inner steps, of which curves are smoothed
 DASHES = ("-", (0, (5, 1.5)), (0, (3, 1.2, 1, 1.2)), (0, (1, 1)), (0, (6, 1.2, 1, 1.2, 1, 1.2)))
 
 
@@ -45,7 +46,8 @@ def learning_curves(results: Sequence[Result], title: str, quantiles: tuple[floa
     """Draw the loss by inner step: a line for the mean over the tasks, a band between two quantiles.
 
     The first result is the one that the others are compared with and stands out. The axis follows the means;
-    a curve that leaves it has diverged.
+    a curve that leaves it has diverged. Of more than 300 steps each curve is the running mean of a hundredth of them,
+    since minibatches would make it a broad stripe.
 
     Args:
         results: What is drawn.
@@ -59,9 +61,11 @@ def learning_curves(results: Sequence[Result], title: str, quantiles: tuple[floa
     axes = figure.add_axes((0.105, 0.115, 0.865, 0.815))  # an automatic layout would draw everything twice
     axes.set_yscale("log")
     low, high = _limits(results)
+    num_steps = max(len(result.losses) for result in results) - 1
+    window = num_steps // 100 if num_steps > _MANY else 1
     for k, result in enumerate(results):
-        steps = np.arange(len(result.losses))
-        curves = result.mean, *(result.quantile(q) for q in quantiles)
+        steps = np.arange(window - 1, len(result.losses))
+        curves = [c.unfold(0, window, 1).mean(1) for c in (result.mean, *(result.quantile(q) for q in quantiles))]
         mean, lower, upper = (_within(curve, low, high) for curve in curves)
         style = look(k)
         front = (len(results) - k) / 100
@@ -73,11 +77,11 @@ def learning_curves(results: Sequence[Result], title: str, quantiles: tuple[floa
         axes.plot(steps, mean, **style, label=_label(result), zorder=3 + front)
     axes.set_ylim(low, high)
     label_log_axis(axes.yaxis, low, high)
-    axes.set_xlim(0, max(len(result.losses) for result in results) - 1)
+    axes.set_xlim(0, num_steps)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_title(title, fontsize="medium", loc="left")
     axes.set_xlabel("Inner step")
-    axes.set_ylabel("Loss")
+    axes.set_ylabel("Loss" if window == 1 else f"Loss, mean of {window} steps")
     tidy(axes)
     axes.legend(framealpha=0.8, edgecolor="none", fontsize="small", loc="upper right")
     return figure

@@ -509,3 +509,14 @@ def test_figure_copes_with_any_loss(worst):
         labels = [text.get_text() for text in axes.get_legend().get_texts()]
         assert len(labels) == len(results) and labels[-1].startswith("b")
     assert ("diverged" in labels[-1]) == (worst == math.inf)
+
+
+def test_long_curves_are_running_means():
+    losses = 1 + torch.arange(601.0)[:, None] % 2 + torch.zeros(2)  # 1, 2, 1, 2, ...
+    (axes,) = learning_curves([Result("a", losses)], "A title", (0.1, 0.9)).axes
+    steps, mean = axes.lines[-1].get_data()
+    assert list(steps) == list(range(5, 601)) and mean == pytest.approx([1.5] * 596)
+    assert axes.get_ylabel() == "Loss, mean of 6 steps" and axes.get_xlim() == (0, 600)
+    short = Result("a", losses[:301])
+    (axes,) = learning_curves([short], "A title", (0.1, 0.9)).axes
+    assert axes.lines[-1].get_ydata() == pytest.approx(short.mean.numpy())
