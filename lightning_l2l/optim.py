@@ -40,7 +40,7 @@ class LearnedOptimizer(Optimizer):
     Args:
         params: Parameters, named parameters, or groups of them as dicts, as `torch.optim.Adam` takes them. A group may
             have its own `lr`, `weight_decay`, `maximize` and `max_update`. `RuleGroups` need them named.
-        rule: A rule, or what `load_rule` takes; "rnnprop" is the shipped one that has proved best on optimizees which
+        rule: A rule, or what `load_rule` takes; "general" is the shipped one that has proved best on optimizees which
             it was not meta-trained on. Where it is on another device than a parameter, a copy is made there.
         lr: Factor on the rule's update, at least 0; a number, or a tensor of one.
         weight_decay: Decoupled, as in `torch.optim.AdamW`: an inner step begins with theta *= 1 - lr * weight_decay.
@@ -70,7 +70,7 @@ class LearnedOptimizer(Optimizer):
     def __init__(
         self,
         params: Iterable[Any],
-        rule: UpdateRule | str | Path = "rnnprop",
+        rule: UpdateRule | str | Path = "general",
         lr: float | Tensor = 1.0,
         *,
         weight_decay: float = 0.0,

@@ -11,6 +11,7 @@ from lightning_l2l import CoordinatewiseLSTM, LearnedOptimizer, Quadratic
 from lightning_l2l.comparison import rollout
 from lightning_l2l.rule_files import load_rule, save_rule
 from lightning_l2l.rules import UpdateRule
+from lightning_l2l.rules.describe import describe
 from lightning_l2l.tasks import MLP, NetworkTask
 from lightning_l2l.unroll import Unroll
 from optimizers import SHAPES, assert_same, feed, gradients, normal, parameters, values
@@ -170,8 +171,9 @@ def test_the_rule_may_be_a_name_or_a_file(rule, tmp_path):
     feed(LearnedOptimizer(wanted, rule), wanted, gradients(wanted, 3))
     assert_same(found, wanted)
     assert LearnedOptimizer(found, "mnist").rule.hidden_size == 20
-    default, shipped = LearnedOptimizer(found).rule, load_rule("rnnprop")
+    default, shipped = LearnedOptimizer(found).rule, load_rule("general")
     assert_same(list(default.state_dict().values()), list(shipped.state_dict().values()))
+    assert describe(default) == describe(shipped)
 
 
 @pytest.mark.parametrize("maximize", [False, True])
