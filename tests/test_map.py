@@ -126,7 +126,7 @@ def test_the_command_runs_every_cell_and_goes_on_where_it_was_stopped(capsys):
         place = f"Quadratics_inner_steps_and_dimension-{cell['dimension']}-{cell['inner steps']}"
         (path,) = (folder / "runs" / place / "quadratic").rglob("comparison.csv")
         learned, *others = read(path)
-        assert [other["optimizer"] for other in others] == ["adam", "rmsprop", "nag", "adam_default"]
+        assert [other["optimizer"] for other in others] == ["adam", "rmsprop", "sgd", "nag", "adamw", "adam_default"]
         assert float(others[-1]["lr"]) == 0.001
         (path,) = (folder / "runs" / place / cell["rule"]).rglob("comparison.csv")
         learned = read(path)[0]
