@@ -148,6 +148,7 @@ INLINE vec square_root(vec x) {
 
 enum { IDENTITY, LOG_AND_SIGN, MOMENTS };
 enum { MOST_MEANS = 8 };
+#define LEAST 0.05f /* of the bound on updates, at the horizon */
 
 typedef struct {
   long hidden, layers;       /* units a layer, layers */
@@ -166,9 +167,10 @@ static long features(const Rule *rule) {
 /* Rows of what the lowest layer reads of a gradient. */
 static long of_gradient(const Rule *rule) { return rule->kind == MOMENTS ? rule->hidden : features(rule); }
 
-static long falls(const Rule *rule) { return rule->warmup || rule->decay || rule->horizon; }
+/* Whether the bound on updates does. */
+static long changes(const Rule *rule) { return rule->warmup || rule->decay || rule->horizon; }
 
-static long has_clock(const Rule *rule) { return rule->time || falls(rule); }
+static long has_clock(const Rule *rule) { return rule->time || changes(rule); }
 
 /* Rows of state besides those of the layers, which come first. */
 static long memories(const Rule *rule) {
@@ -423,11 +425,11 @@ INLINE void unit(const float *restrict sums, float *restrict cell, float *restri
 /* Factor on the bounded updates of a tile, vector v, after so many steps, of which `clock` has `more` by now. */
 INLINE vec bound(const Rule *rule, const float *restrict clock, int v, long more) {
   vec found = ALL(rule->scale);
-  if (!falls(rule)) return found;
+  if (!changes(rule)) return found;
   vec step = ((const vec *)clock)[v] - (float)more;
   if (rule->warmup) found *= at_most(step / (float)rule->warmup, 1.0f);
   if (rule->decay) found /= square_root(1.0f + step / (float)rule->decay);
-  if (rule->horizon) found *= 1.0f - 0.95f * at_most((step - 1.0f) / (float)rule->horizon, 1.0f);
+  if (rule->horizon) found *= 1.0f - (1.0f - LEAST) * at_most((step - 1.0f) / (float)rule->horizon, 1.0f);
   return found;
 }
 
