@@ -451,7 +451,7 @@ class NoParameters(CoordinatewiseLSTM):
 PYTHON = {
     "misspelt rule": (
         lambda: LearnedOptimizer([param()], "mnits"),
-        "no rule at 'mnits'; .* shipped rule: mnist, quadratic",
+        "no rule at 'mnits'; .* shipped rule: cifar10, .* mnist, quadratic",
     ),
     "a learning rate, as for Adam": (lambda: LearnedOptimizer([param()], 0.001), "rule=0.001 is a float; give 'mnist'"),
     "the class of a rule": (
