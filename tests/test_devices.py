@@ -104,6 +104,17 @@ def test_two_processes_train_the_rule_of_one_and_write_what_it_writes(alone, tmp
         assert told.count(line) == 1, told
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
+def test_a_gpu_trains_the_rule_of_the_cpu_and_writes_what_it_writes(alone, tmp_path):
+    process = shell(tmp_path, *FIT, ONE, "--trainer.accelerator=gpu", "--trainer.devices=1")
+    told = end(process)
+    assert process.returncode == 0, told
+    ours, reference = (load(folder / LAST) for folder in (tmp_path, alone))
+    assert_close(ours["state_dict"], {name: tensor.cpu() for name, tensor in reference["state_dict"].items()})
+    assert best_scores(ours) == pytest.approx(best_scores(reference), rel=1e-6)
+    assert files(tmp_path) == files(alone)
+
+
 def numbers(path):
     """What a CSV file says, but for how long it took."""
     with path.open() as file:

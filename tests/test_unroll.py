@@ -94,6 +94,23 @@ def test_meta_gradient_is_brute_force_autograd_with_gradients_detached(task, rul
         torch.testing.assert_close(parameter.grad, gradient, rtol=1e-8, atol=1e-12)
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
+@pytest.mark.parametrize("second_derivatives", [False, True])
+@pytest.mark.parametrize("memory", ["fast", "flat"])
+def test_on_a_gpu_the_meta_gradient_is_that_of_the_cpu(task, rule, memory, second_derivatives):
+    ends = []
+    for device in ("cpu", "cuda"):
+        unroll = Unroll(task, rule.to(device), memory=memory, second_derivatives=second_derivatives)
+        batch = {name: entry.to(device) for name, entry in data(task, 3).items()}
+        result = unroll.run(unroll.start(batch), NUM_STEPS)
+        assert result.losses.device.type == device
+        result.meta_loss.backward()
+        gradients = [p.grad.cpu() for p in rule.parameters() if p.grad is not None]
+        ends.append([result.losses.cpu(), result.meta_loss.detach().cpu(), *gradients])
+        rule.zero_grad()
+    torch.testing.assert_close(ends[1], ends[0], rtol=1e-7, atol=1e-11)
+
+
 @pytest.mark.parametrize("second_derivatives", [False, True])
 @pytest.mark.parametrize("log", [False, True])
 def test_meta_gradient_of_a_weighted_meta_loss(second_derivatives, log):
@@ -157,6 +174,20 @@ def test_second_derivatives_give_the_gradient_of_finite_differences(task, rule):
         slope = (values[0] - values[1]) / 2e-6
         found = 0.0 if parameter.grad is None else (parameter.grad * direction).sum().item()  # of no part of this task
         assert found == pytest.approx(slope, rel=2e-5, abs=1e-8)
+
+
+@pytest.mark.parametrize("rule", [CoordinatewiseLSTM, RNNprop])
+def test_second_derivatives_are_finite_where_a_gradient_is_zero(rule):
+    torch.manual_seed(0)
+    rule = rule(hidden_size=3).double()
+    task = NetworkTask(MLP(5, 4, out_features=3).double())
+    batch = data(task, 2)
+    batch["inputs"][..., 2] = 0  # as at the borders of MNIST's images
+    unroll = Unroll(task, rule, second_derivatives=True)
+    unroll.run(unroll.start(batch), NUM_STEPS).meta_loss.backward()
+    for name, parameter in rule.named_parameters():
+        assert parameter.grad.isfinite().all(), name
+        assert parameter.grad.any(), name
 
 
 def test_second_derivatives_matter():

@@ -20,6 +20,7 @@ from lightning_l2l.rules.lstm import (
 )
 
 _LARGEST = 1e18  # of a gradient: its square has to be a float32
+_SMALLEST = 1e-36  # of the running mean of squares, where a root of it is taken
 _LEAST = 0.05  # of the bound, at the horizon
 
 
@@ -133,7 +134,8 @@ class RNNprop(UpdateRule):
         of_means = of_means + gains * (1 - of_means)
         of_square = of_square + (1 - self.beta2) * (1 - of_square)
         steps = steps + 1
-        size = (square / of_square).sqrt() + self.eps
+        # The bound, far below eps squared, is for derivatives of the gradient: that of a root is infinite at 0.
+        size = (square / of_square).clamp(min=_SMALLEST).sqrt() + self.eps
         x = torch.cat([means / (of_means * size), gradient / size])
         if self.time:
             x = torch.cat([x, torch.log1p(steps) / 4 - 1])
