@@ -10,7 +10,7 @@ import torch
 
 from lightning_l2l import RNNprop, cli
 from lightning_l2l.grids import Axis, Page, pages
-from lightning_l2l.map import draw, main, summary, table, verdict
+from lightning_l2l.map import chance, draw, main, summary, table, verdict
 from lightning_l2l.rule_files import save_rule
 
 
@@ -20,8 +20,9 @@ def in_tmp_path(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["lightning-l2l"])
 
 
-TASKS = torch.tensor([0.5, 0.8, 1.2, 1.5])  # mean 1
-NOISE = torch.tensor([-1.0, 1.0, 1.0, -1.0])
+TASKS = torch.tensor([0.5, 0.8, 1.2, 1.5] * 2)  # mean 1
+NOISE = torch.tensor([-1.0, 1.0, 1.0, -1.0] * 2)
+FEW = torch.tensor([0.1] * 7 + [1e6])
 
 
 @pytest.mark.parametrize(
@@ -29,16 +30,29 @@ NOISE = torch.tensor([-1.0, 1.0, 1.0, -1.0])
     [
         (TASKS - 0.1, "wins"),  # on every task, though tasks differ by more
         (TASKS + 0.1, "loses"),
-        (TASKS - 0.1 + 0.17 * NOISE, "ties"),  # its standard error is 0.098
+        (TASKS - 0.1 + 0.17 * NOISE, "ties"),
         (TASKS - 0.1 + 0.08 * NOISE, "wins"),
-        (torch.tensor([0.1, 0.1, 0.1, math.inf]), "diverges"),
+        (TASKS + FEW, "loses"),  # on every task, and by one that makes the standard error as large as the mean
+        (TASKS + FEW * NOISE.sign(), "ties"),
+        (torch.tensor([0.1] * 7 + [math.inf]), "diverges"),
     ],
 )
-def test_a_difference_counts_from_two_standard_errors_on_and_a_diverged_run_always(learned, wanted):
-    baselines = {"sgd": [3.0] * 4, "adam": TASKS.tolist(), "nag": [2.0] * 4}
+def test_a_difference_counts_where_it_is_not_chance_and_a_diverged_run_always(learned, wanted):
+    baselines = {"sgd": [3.0] * 8, "adam": TASKS.tolist(), "nag": [2.0] * 8}
     found = verdict(learned.tolist(), baselines)
     assert found["verdict"] == wanted and found["optimizer"] == "adam"
     assert float(found["ratio"]) == pytest.approx(float(learned.mean()))
+
+
+def test_chance_is_the_share_of_permutations_with_so_large_a_mean():
+    assert chance([0.0] * 5) == 1
+    assert chance([-3.0] + [1.0] * 3) == 1  # a mean of 0 is never large
+    assert chance([2.0, 1.0, -1.0]) == 6 / 8  # sums of 4, 2, 2, 0 and their negatives
+    noise = torch.randn(40, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    noise = (noise - noise.mean()) / noise.std()
+    for number in (0.0, 1.0, 2.0):  # of standard errors: with many tasks, as the normal distribution has it
+        wanted = math.erfc(number / math.sqrt(2))
+        assert chance((noise + number / math.sqrt(40)).tolist()) == pytest.approx(wanted, rel=0.2)
 
 
 def test_a_single_task_tells_nothing_and_diverged_baselines_are_beaten():
@@ -51,7 +65,7 @@ def test_a_rule_without_a_comparison_has_diverged():
 
 
 def test_adam_at_its_default_rate_is_none_of_the_tuned_optimizers_and_is_kept_beside_them():
-    found = verdict([0.9, 0.9], {"sgd": [3.0, 3.0], "adam": [2.0, 2.0], "adam_default": [1.0, 1.0]})
+    found = verdict([0.9] * 6, {"sgd": [3.0] * 6, "adam": [2.0] * 6, "adam_default": [1.0] * 6})
     assert found["optimizer"] == "adam" and float(found["ratio"]) == pytest.approx(0.45)
     assert (found["verdict"], found["adam"], found["adam_default"]) == ("wins", "2.0", "1.0")
 
