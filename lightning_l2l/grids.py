@@ -80,7 +80,7 @@ def pages(root: Path, *, small: bool = False) -> list[Page]:
         small: Fewer cells, steps and tasks: to see whether everything runs.
     """
     some, few, many = (
-        (_tasks(2, 4), _tasks(2, 4), _tasks(16, 32)) if small else (_tasks(8, 16), _tasks(4, 8), _tasks(64, 128))
+        (_tasks(2, 8), _tasks(2, 8), _tasks(16, 32)) if small else (_tasks(8, 16), _tasks(4, 8), _tasks(64, 128))
     )
     network = [_THREE, *_network("MLP"), *_images("MNIST", root), "--model.final_steps=10"]
     quadratics = [_ALL, "--model.task=lightning_l2l.Quadratic", "--data=lightning_l2l.QuadraticDataModule", *many]
