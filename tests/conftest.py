@@ -5,6 +5,7 @@ import gzip
 import hypothesis
 import numpy as np
 import pytest
+import torch
 
 from lightning_l2l.data import write_digits
 from optimizers import MAKERS
@@ -13,6 +14,11 @@ from optimizers import MAKERS
 hypothesis.settings.register_profile("repeatable", max_examples=50, derandomize=True, deadline=None, database=None)
 hypothesis.settings.register_profile("campaign", max_examples=3000, deadline=None, print_blob=True)
 hypothesis.settings.load_profile("repeatable")
+
+
+def pytest_runtest_setup(item):
+    if item.get_closest_marker("cuda") and not torch.cuda.is_available():
+        pytest.skip("no CUDA device here")
 
 
 def write_idx(path, values):

@@ -104,7 +104,7 @@ def test_two_processes_train_the_rule_of_one_and_write_what_it_writes(alone, tmp
         assert told.count(line) == 1, told
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
+@pytest.mark.cuda
 def test_a_gpu_trains_the_rule_of_the_cpu_and_writes_what_it_writes(alone, tmp_path):
     process = shell(tmp_path, *FIT, ONE, "--trainer.accelerator=gpu", "--trainer.devices=1")
     told = end(process)

@@ -16,8 +16,6 @@ from lightning_l2l.tasks import MLP, NetworkTask
 from lightning_l2l.unroll import Unroll
 from optimizers import SHAPES, assert_same, feed, gradients, normal, parameters, values
 
-cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
-
 
 class Sign(UpdateRule):
     """A rule with neither meta-parameters nor state."""
@@ -357,7 +355,7 @@ def test_each_parameter_has_its_state_on_its_own_device(rule):
     assert all(p.device.type == "cpu" for p in optimizer.rule.parameters())
 
 
-@cuda
+@pytest.mark.cuda
 @pytest.mark.parametrize("devices", [["cuda"] * 3, ["cuda", "cpu", "cuda"]])
 def test_on_a_gpu_it_goes_where_it_goes_on_the_cpu(rule, devices):
     wanted = parameters(shapes=[(3, 4), (), (5000,)])
@@ -369,7 +367,7 @@ def test_on_a_gpu_it_goes_where_it_goes_on_the_cpu(rule, devices):
     torch.testing.assert_close([p.cpu() for p in params], wanted, rtol=1e-4, atol=1e-5)
 
 
-@cuda
+@pytest.mark.cuda
 @pytest.mark.parametrize("way", ["moved", "loaded"])
 def test_in_the_middle_it_may_change_to_a_gpu(rule, way):
     params, wanted = parameters(), parameters()

@@ -33,7 +33,7 @@ FEW = torch.tensor([0.1] * 7 + [1e6])
         (TASKS - 0.1 + 0.17 * NOISE, "ties"),
         (TASKS - 0.1 + 0.08 * NOISE, "wins"),
         (TASKS + FEW, "loses"),  # on every task, and by one that makes the standard error as large as the mean
-        (TASKS + FEW * NOISE.sign(), "ties"),
+        (TASKS + FEW * NOISE, "ties"),
         (torch.tensor([0.1] * 7 + [math.inf]), "diverges"),
     ],
 )

@@ -94,7 +94,7 @@ def test_meta_gradient_is_brute_force_autograd_with_gradients_detached(task, rul
         torch.testing.assert_close(parameter.grad, gradient, rtol=1e-8, atol=1e-12)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
+@pytest.mark.cuda
 @pytest.mark.parametrize("second_derivatives", [False, True])
 @pytest.mark.parametrize("memory", ["fast", "flat"])
 def test_on_a_gpu_the_meta_gradient_is_that_of_the_cpu(task, rule, memory, second_derivatives):
