@@ -1,35 +1,87 @@
-"""Learning to learn by gradient descent by gradient descent, on PyTorch Lightning."""
+"""Learning to learn by gradient descent by gradient descent, on PyTorch Lightning.
 
-from lightning_l2l.cli import main
-from lightning_l2l.data import (
-    CIFAR10DataModule,
-    GeneratedDataModule,
-    MixtureDataModule,
-    MNISTDataModule,
-    QuadraticDataModule,
-    SequenceDataModule,
-)
-from lightning_l2l.meta_optimizer import MetaOptimizer
-from lightning_l2l.optim import LearnedOptimizer
-from lightning_l2l.rule_files import load_rule
-from lightning_l2l.rules import CoordinatewiseLSTM, RNNprop, RuleGroups, UpdateRule
-from lightning_l2l.tasks import (
-    MLP,
-    Autoencoder,
-    ConvexTerm,
-    ConvNet,
-    GeneratedTask,
-    Lasso,
-    LogisticRegression,
-    Mixture,
-    NetworkTask,
-    Quadratic,
-    RandomScaling,
-    Rastrigin,
-    Rosenbrock,
-    Task,
-    Transformer,
-)
+Each name is imported when it is first used, so that who wants an optimizer alone need not wait for Lightning.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lightning_l2l.commands.cli import main
+    from lightning_l2l.data import (
+        CIFAR10DataModule,
+        EpisodeDataModule,
+        GeneratedDataModule,
+        MixtureDataModule,
+        MNISTDataModule,
+        QuadraticDataModule,
+        SequenceDataModule,
+    )
+    from lightning_l2l.evaluation.learning_curves import LearningCurves
+    from lightning_l2l.evaluation.proposals import UpdateProposals
+    from lightning_l2l.meta.curriculum import Curriculum
+    from lightning_l2l.meta.meta_optimizer import MetaOptimizer
+    from lightning_l2l.optim import LearnedOptimizer
+    from lightning_l2l.rules import CoordinatewiseLSTM, RNNprop, RuleGroups, UpdateRule
+    from lightning_l2l.rules.files import load_rule
+    from lightning_l2l.tasks import (
+        MLP,
+        Autoencoder,
+        ConvexTerm,
+        ConvNet,
+        GeneratedTask,
+        Lasso,
+        LogisticRegression,
+        Mixture,
+        NetworkTask,
+        Quadratic,
+        RandomScaling,
+        Rastrigin,
+        Rosenbrock,
+        Task,
+        Transformer,
+    )
+
+__version__ = "0.1.0"
+
+#: Where the public names are, by module.
+_HOMES = {
+    "commands.cli": ("main",),
+    "data": (
+        "CIFAR10DataModule",
+        "EpisodeDataModule",
+        "GeneratedDataModule",
+        "MNISTDataModule",
+        "MixtureDataModule",
+        "QuadraticDataModule",
+        "SequenceDataModule",
+    ),
+    "evaluation.learning_curves": ("LearningCurves",),
+    "evaluation.proposals": ("UpdateProposals",),
+    "meta.curriculum": ("Curriculum",),
+    "meta.meta_optimizer": ("MetaOptimizer",),
+    "optim": ("LearnedOptimizer",),
+    "rules": ("CoordinatewiseLSTM", "RNNprop", "RuleGroups", "UpdateRule"),
+    "rules.files": ("load_rule",),
+    "tasks": (
+        "MLP",
+        "Autoencoder",
+        "ConvNet",
+        "ConvexTerm",
+        "GeneratedTask",
+        "Lasso",
+        "LogisticRegression",
+        "Mixture",
+        "NetworkTask",
+        "Quadratic",
+        "RandomScaling",
+        "Rastrigin",
+        "Rosenbrock",
+        "Task",
+        "Transformer",
+    ),
+}
+_HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
 __all__ = [
     "MLP",
@@ -38,10 +90,13 @@ __all__ = [
     "ConvNet",
     "ConvexTerm",
     "CoordinatewiseLSTM",
+    "Curriculum",
+    "EpisodeDataModule",
     "GeneratedDataModule",
     "GeneratedTask",
     "Lasso",
     "LearnedOptimizer",
+    "LearningCurves",
     "LogisticRegression",
     "MNISTDataModule",
     "MetaOptimizer",
@@ -58,7 +113,21 @@ __all__ = [
     "SequenceDataModule",
     "Task",
     "Transformer",
+    "UpdateProposals",
     "UpdateRule",
+    "__version__",
     "load_rule",
     "main",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    found = getattr(import_module(f"{__name__}.{_HOME_OF[name]}"), name)
+    globals()[name] = found  # the next time it is found without this function
+    return found
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

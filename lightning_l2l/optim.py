@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from torch.optim import Adam, Optimizer
 
 from lightning_l2l.arguments import brief, check_callable, check_flag, check_type, is_number
-from lightning_l2l.rule_files import load_rule
 from lightning_l2l.rules import UpdateRule
-from lightning_l2l.safeguards import new_record, over_ranks, runs_away
+from lightning_l2l.rules.files import load_rule
+from lightning_l2l.rules.safeguards import new_record, over_ranks, runs_away
 
 STATE = "rule_state"
 RECORD = "loss_record"

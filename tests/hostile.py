@@ -4,7 +4,7 @@ import warnings
 
 from hypothesis import strategies as st
 
-from lightning_l2l.errors import find_foreseen
+from lightning_l2l.commands.errors import find_foreseen
 
 SCALARS = (
     st.integers(-3, 40)

@@ -22,10 +22,10 @@ from torch import nn
 from torch.nn import functional
 
 from lightning_l2l import LearnedOptimizer, MetaOptimizer, main
+from lightning_l2l.meta.unroll import Unroll
 from lightning_l2l.rules import CoordinatewiseLSTM
 from lightning_l2l.rules.base import CPU_BLOCK, blocks
 from lightning_l2l.tasks import MLP, NetworkTask, Quadratic
-from lightning_l2l.unroll import Unroll
 
 pytestmark = pytest.mark.benchmark
 

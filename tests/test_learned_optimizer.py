@@ -8,12 +8,12 @@ import torch
 from torch import nn
 
 from lightning_l2l import CoordinatewiseLSTM, LearnedOptimizer, Quadratic
-from lightning_l2l.comparison import rollout
-from lightning_l2l.rule_files import load_rule, save_rule
+from lightning_l2l.evaluation.rollout import rollout
+from lightning_l2l.meta.unroll import Unroll
 from lightning_l2l.rules import UpdateRule
 from lightning_l2l.rules.describe import describe
+from lightning_l2l.rules.files import load_rule, save_rule
 from lightning_l2l.tasks import MLP, NetworkTask
-from lightning_l2l.unroll import Unroll
 from optimizers import SHAPES, assert_same, feed, gradients, normal, parameters, values
 
 

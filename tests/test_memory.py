@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from matplotlib.figure import Figure
 
-from lightning_l2l.figures import COLOURS, tidy
+from lightning_l2l.evaluation.figures import COLOURS, tidy
 from lightning_l2l.rules import CoordinatewiseLSTM
 
 ROOT = Path(__file__).parents[1]
@@ -29,7 +29,7 @@ UNROLL = """
 import json, sys, time
 import torch
 from lightning_l2l import CoordinatewiseLSTM, MLP, NetworkTask
-from lightning_l2l.unroll import Unroll
+from lightning_l2l.meta.unroll import Unroll
 start = status("VmRSS")
 hidden, num_steps, budget, rounds = map(int, sys.argv[1:])
 g = torch.Generator().manual_seed(0)

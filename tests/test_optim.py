@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from lightning_l2l.rules.fused import fused_for
+from lightning_l2l.rules.kernels.fused import fused_for
 from optimizers import assert_same, clones, feed, gradients, learned, normal, parameters, values
 
 BOTH_WAYS = pytest.mark.parametrize("maximize", [False, True])

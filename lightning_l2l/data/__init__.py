@@ -5,11 +5,11 @@ from lightning_l2l.data.digits import write_digits
 from lightning_l2l.data.episodes import EpisodeDataModule
 from lightning_l2l.data.generated import GeneratedDataModule
 from lightning_l2l.data.images import ImageDataModule
-from lightning_l2l.data.minibatches import Minibatches, Pool
 from lightning_l2l.data.mixture import MixtureDataModule
 from lightning_l2l.data.mnist import MNISTDataModule
 from lightning_l2l.data.quadratic import QuadraticDataModule
 from lightning_l2l.data.sequences import SequenceDataModule
+from lightning_l2l.tasks.minibatches import Minibatches, Pool
 
 __all__ = [
     "CIFAR10DataModule",

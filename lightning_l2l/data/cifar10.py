@@ -12,7 +12,7 @@ from lightning_l2l.arguments import brief, check_type
 from lightning_l2l.data import cifar10_files as files
 from lightning_l2l.data.episodes import Sample, Stage
 from lightning_l2l.data.images import ImageDataModule
-from lightning_l2l.data.minibatches import Minibatches, Pool
+from lightning_l2l.tasks.minibatches import Minibatches, Pool
 
 _ALL = tuple(range(len(files.CLASSES)))
 _NONE = 255  # the number of a label that a task does not have

@@ -20,7 +20,7 @@ from torch import Tensor, distributed
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, default_collate, get_worker_info
 
 from lightning_l2l.arguments import MOST, check_at_least, check_fits_memory
-from lightning_l2l.data.minibatches import Minibatches
+from lightning_l2l.tasks.minibatches import Minibatches
 
 Stage = Literal["train", "val", "test"]
 Sample = dict[str, Tensor | Minibatches]

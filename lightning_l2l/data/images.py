@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lightning_l2l.arguments import check_at_least, check_flag, check_type
 from lightning_l2l.data.episodes import EpisodeDataModule, Sample, Stage
-from lightning_l2l.data.minibatches import Minibatches, Pool
+from lightning_l2l.tasks.minibatches import Minibatches, Pool
 
 _VAL_SHARE = 6  # one training image in 6: of MNIST 10,000 of 60,000, as many as there are test images
 

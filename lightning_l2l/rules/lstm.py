@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from lightning_l2l.arguments import brief, check_at_least, check_choice, check_fits_memory, is_number
 from lightning_l2l.rules.base import Memory, RuleUnroll, UpdateRule, block_size, blocks, cotangents
-from lightning_l2l.rules.fused import FusedLSTM, FusedRule, FusedUnroll, check_count, fused_for
-from lightning_l2l.rules.lstm_kernel import Block, LSTMShape, Scratch, pack, step_in_place, unpack_gradients
+from lightning_l2l.rules.kernels.fused import FusedLSTM, FusedRule, FusedUnroll, check_count, fused_for
+from lightning_l2l.rules.kernels.lstm_kernel import Block, LSTMShape, Scratch, pack, step_in_place, unpack_gradients
 from lightning_l2l.rules.preprocessing import PREPROCESSING
 
 _MOST_LAYERS = 1000

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from lightning_l2l.arguments import MOST, brief, check_at_least, check_flag, check_positive, is_number
 from lightning_l2l.rules.base import Memory, RuleUnroll, UpdateRule
-from lightning_l2l.rules.fused import MOST_MEANS, FusedLSTM, FusedRule, FusedUnroll, fused_for
+from lightning_l2l.rules.kernels.fused import MOST_MEANS, FusedLSTM, FusedRule, FusedUnroll, fused_for
 from lightning_l2l.rules.lstm import (
     check_output_scale,
     check_sizes,

@@ -10,6 +10,9 @@ from torch import Tensor
 
 from lightning_l2l.tasks.batches import form
 
+#: The data of one episode, `[num_tasks, ...]` each.
+Batch = Mapping[str, Tensor]
+
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_l2l.arguments import brief
-from lightning_l2l.data.minibatches import Minibatches
+from lightning_l2l.tasks.minibatches import Minibatches
 
 _MISFITS = (AssertionError, IndexError, RuntimeError, ValueError)
 _PACKAGES = (Path(__file__).parents[1], Path(torch.__file__).parent)

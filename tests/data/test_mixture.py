@@ -26,7 +26,7 @@ from lightning_l2l import (
 )
 from lightning_l2l.data import episodes
 from lightning_l2l.data.episodes import EpisodeSampler
-from lightning_l2l.meta_optimizer import MetaOptimizer
+from lightning_l2l.meta.meta_optimizer import MetaOptimizer
 
 pytestmark = [
     # Lightning 2.6 meets torch 2.10: https://github.com/Lightning-AI/pytorch-lightning/issues/21326

@@ -7,9 +7,9 @@ import torch
 from torch import nn
 
 from lightning_l2l import CoordinatewiseLSTM, LearnedOptimizer, MetaOptimizer, Quadratic, RNNprop, load_rule
-from lightning_l2l.rule_files import save_rule
 from lightning_l2l.rules import RuleGroups
 from lightning_l2l.rules.describe import build_rule, describe
+from lightning_l2l.rules.files import save_rule
 from optimizers import feed, gradients, through_a_file, values
 
 

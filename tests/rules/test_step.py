@@ -6,8 +6,9 @@ import math
 import pytest
 import torch
 
-from lightning_l2l.rules import UpdateRule, fused
+from lightning_l2l.rules import UpdateRule
 from lightning_l2l.rules.base import CPU_BLOCK
+from lightning_l2l.rules.kernels import fused
 from optimizers import LSTMS, LearnedMomentum, possible
 
 compiler = pytest.mark.skipif(fused.fused_for(torch.empty(0)) is None, reason="no C compiler here")

@@ -8,9 +8,10 @@ from torch import nn
 
 from hostile import result_of
 from lightning_l2l import MLP, CoordinatewiseLSTM, NetworkTask, Quadratic, Task
-from lightning_l2l.comparison import BASELINES, rollout
-from lightning_l2l.errors import find_foreseen
-from lightning_l2l.unroll import Unroll
+from lightning_l2l.commands.errors import find_foreseen
+from lightning_l2l.evaluation.baselines import BASELINES
+from lightning_l2l.evaluation.rollout import rollout
+from lightning_l2l.meta.unroll import Unroll
 
 STEPS = 3
 CPU = torch.device("cpu")

@@ -1,0 +1,1 @@
+"""The commands of `python -m lightning_l2l`."""

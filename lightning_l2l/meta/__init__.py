@@ -1,0 +1,1 @@
+"""Meta-training: episodes, the meta-gradient, and the LightningModule of both."""

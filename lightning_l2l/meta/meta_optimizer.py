@@ -1,0 +1,365 @@
+"""Meta-training as a LightningModule."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any, Literal, cast, get_args
+
+import torch
+from lightning.pytorch import LightningModule
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from torch import Tensor, nn
+from torch.optim import LBFGS, Optimizer
+from torch.optim.lr_scheduler import LambdaLR, ReduceLROnPlateau
+from torchmetrics import MeanMetric
+
+from lightning_l2l.arguments import (
+    MOST,
+    brief,
+    check_at_least,
+    check_callable,
+    check_choice,
+    check_flag,
+    check_positive,
+    check_type,
+    is_number,
+)
+from lightning_l2l.evaluation.results import final_losses
+from lightning_l2l.evaluation.rollout import Rollout, rollout
+from lightning_l2l.meta.unroll import Unroll
+from lightning_l2l.optim import LearnedOptimizer
+from lightning_l2l.rules import RuleGroups, UpdateRule
+from lightning_l2l.rules.base import Memory
+from lightning_l2l.rules.describe import describe, signature_of
+from lightning_l2l.rules.files import load_rule
+from lightning_l2l.tasks import Task
+from lightning_l2l.tasks.base import Batch
+
+LossWeights = Literal["all", "linear", "last"]
+
+#: Number of steps T -> w_1 .. w_T, mean 1.
+LOSS_WEIGHTS: Mapping[str, Callable[[int], list[float]]] = {
+    "all": lambda steps: [1.0] * steps,
+    "linear": lambda steps: [2 * t / (steps + 1) for t in range(1, steps + 1)],
+    "last": lambda steps: [0.0] * (steps - 1) + [float(steps)],
+}
+
+
+class MetaOptimizer(LightningModule):
+    """Trains an update rule on how well it trains.
+
+    A training step is one episode: `num_steps` inner steps of the batch's tasks, truncated every `unroll_length`
+    of them, and an outer step of the meta-optimizer after each truncation. Validation, test and prediction hand
+    the rule to the same function that runs any `torch.optim.Optimizer`.
+
+    Logged, against the number of outer steps:
+
+    * `train/meta_loss`: sum over the episode's `num_steps` terms w_t f_t(theta_t), t = 1 .. num_steps, mean over
+      the tasks of all ranks; `train/meta_gradient_norm`: the largest of the episode, before clipping;
+      `train/skipped`: outer steps skipped so far because the meta-gradient was not finite; `train/num_steps`: inner
+      steps of the episode.
+    * `val/final_loss`: f_t(theta_t), mean over the last `final_steps` inner steps and the validation tasks;
+      `val/trajectory_loss`: mean over all inner steps t = 1 .. num_steps; `val/meta_loss`: as in training. A
+      diverged task makes them infinite. `val/unseen_loss`, `val/unseen_accuracy`: of the final optimizees on
+      data that they were not trained on, where the task has any.
+
+    Args:
+        task: What is optimised.
+        rule: By what; its parameters are the meta-parameters.
+        num_steps: *Inner steps* of an episode.
+        unroll_length: *Inner steps* between truncations; divides `num_steps`.
+        loss_weights: The w_t of the meta-loss, mean 1: "all" weighs every step alike (the paper), "linear" in
+            proportion to t, "last" the last step alone.
+        final_steps: Number of last *inner steps* whose mean loss is the final loss; 1 where a loss has no noise.
+        lr: Meta-learning rate, above 0.
+        optimizer: The meta-optimizer; `lr` is set on it.
+        lr_scheduler: Learning-rate schedule of the meta-optimizer, in *epochs*; one that waits for a plateau
+            watches `val/final_loss`.
+        anneal: Let the meta-learning rate fall along a cosine, *epoch* by epoch, to 0 at the Trainer's `max_epochs`;
+            in place of `lr_scheduler`.
+        gradient_clip: Largest norm of a meta-gradient; None leaves it as it is.
+        max_skipped: *Outer steps* in a row with a meta-gradient that is not finite before the run is stopped.
+        second_derivatives: See `Unroll`.
+        memory: See `Unroll`.
+        memory_budget: See `Unroll`; bytes.
+        train_task: What is optimised in meta-training, where that differs from what the rule is evaluated on, such as
+            `RandomScaling(task)`; it takes the same data.
+        imitation: Factor, at least 0, on the loss of an imitation that is added to the meta-loss in meta-training: how
+            far the rule's updates are from those that the `teacher` makes of the same gradients, relative to their
+            size; see `unroll.Truncation`. Logged as `train/imitation_loss`.
+        teacher: Whom to imitate: an optimizer that works on each coordinate by itself, with its learning rate.
+        teacher_schedule: Schedule of the teacher's learning rate, in *inner steps*, such as
+            `torch.optim.lr_scheduler.LinearLR`; None: it stays as it is.
+        imitation_epochs: *Epochs* over which `imitation` falls, evenly, to 0; None leaves it as it is.
+        start: From whose weights meta-training starts: name of a shipped rule, or path of a rule file or checkpoint;
+            a rule of groups takes them in each group. The rule's other arguments may differ from those of that rule.
+            None: from those that the rule has.
+        log_loss: Meta-train on logarithms: `train/meta_loss` sums w_t log(mean over a process' tasks of f_t), so that
+            episodes of a `Mixture`, and early and late steps, count alike, whatever the scale of their losses. For
+            tasks whose loss is not negative. Validation figures stay as they are.
+
+    Raises:
+        FileNotFoundError: There is no rule at `start`.
+        ValueError: That rule's weights do not fit, a size is below 1, `unroll_length` does not divide `num_steps`,
+            `final_steps` exceeds it, or another argument is out of range.
+    """
+
+    def __init__(
+        self,
+        task: Task,
+        rule: UpdateRule,
+        num_steps: int = 100,
+        unroll_length: int = 20,
+        loss_weights: LossWeights = "all",
+        final_steps: int = 1,
+        lr: float = 0.003,
+        optimizer: OptimizerCallable = torch.optim.Adam,
+        lr_scheduler: LRSchedulerCallable | None = None,
+        anneal: bool = False,
+        gradient_clip: float | None = None,
+        max_skipped: int = 20,
+        second_derivatives: bool = False,
+        memory: Memory = "auto",
+        memory_budget: int = 2**30,
+        train_task: Task | None = None,
+        imitation: float = 0.0,
+        teacher: OptimizerCallable = torch.optim.Adam,
+        imitation_epochs: int | None = None,
+        start: str | None = None,
+        log_loss: bool = False,
+        teacher_schedule: LRSchedulerCallable | None = None,
+    ) -> None:
+        super().__init__()
+        check_type(Task, "a Task, such as Quadratic()", task=task)
+        check_type((Task, type(None)), "a Task, such as RandomScaling(task), or None", train_task=train_task)
+        check_type(UpdateRule, "an UpdateRule, such as CoordinatewiseLSTM()", rule=rule)
+        check_at_least(1, MOST, num_steps=num_steps, unroll_length=unroll_length, final_steps=final_steps)
+        check_at_least(1, max_skipped=max_skipped)
+        check_at_least(1, 2**63 - 1, memory_budget=memory_budget)
+        check_flag(anneal=anneal, second_derivatives=second_derivatives, log_loss=log_loss)
+        if num_steps % unroll_length:
+            raise ValueError(
+                f"unroll_length={unroll_length} does not divide num_steps={num_steps}; use {_divisors(num_steps)}"
+            )
+        if final_steps > num_steps:
+            raise ValueError(f"final_steps={final_steps} exceeds num_steps={num_steps}; use 1 to {num_steps}")
+        if anneal and lr_scheduler is not None:
+            raise ValueError("anneal=True and an lr_scheduler are two schedules for one learning rate; leave one out")
+        check_choice(LOSS_WEIGHTS, loss_weights=loss_weights)
+        check_choice(get_args(Memory), memory=memory)
+        check_positive(lr=lr)
+        check_positive(optional=True, gradient_clip=gradient_clip)
+        check_callable("a class, such as torch.optim.Adam", optimizer=optimizer, teacher=teacher)
+        if not is_number(imitation) or imitation < 0:
+            raise ValueError(f"imitation={brief(imitation)} is not 0 or more; use 0 for none")
+        check_at_least(1, optional=True, imitation_epochs=imitation_epochs)
+        if imitation and second_derivatives:
+            raise ValueError("imitation and second_derivatives=True do not go together; leave one out")
+        for name, schedule in (("lr_scheduler", lr_scheduler), ("teacher_schedule", teacher_schedule)):
+            if schedule is not None:
+                check_callable("a function of the optimizer that makes a schedule", **{name: schedule})
+        if not any(True for _ in rule.parameters()):
+            raise ValueError(f"rule={brief(rule)} has no parameters to meta-train; give one that has some")
+        if start is not None:
+            _start_from(start, rule)
+        self.automatic_optimization = False
+        self.task, self.rule = task, rule
+        self.num_steps, self.unroll_length, self.lr = num_steps, unroll_length, lr
+        self.loss_weights, self.final_steps = loss_weights, final_steps
+        self.train_steps = num_steps  # of episodes in meta-training; a Curriculum may set it lower
+        self.weights = LOSS_WEIGHTS[loss_weights](num_steps)
+        self.optimizer, self.lr_scheduler, self.anneal = optimizer, lr_scheduler, anneal
+        self.gradient_clip, self.max_skipped = gradient_clip, max_skipped
+        self.train_task = train_task
+        self.imitation, self.teacher, self.imitation_epochs = imitation, teacher, imitation_epochs
+        self.unroll = Unroll(train_task or task, rule, second_derivatives, memory, memory_budget)
+        self.unroll.teacher, self.unroll.teacher_schedule, self.unroll.log_loss = teacher, teacher_schedule, log_loss
+        self.skipped = self.skipped_in_a_row = 0
+        # "disable": a loss that is no number must show, not drop out of the mean.
+        names = ("final_loss", "trajectory_loss", "meta_loss", "unseen_loss", "unseen_accuracy")
+        self.val_metrics = nn.ModuleDict({name: MeanMetric(nan_strategy="disable") for name in names})
+        try:
+            described = {"task": describe(task), "train_task": train_task and describe(train_task)}
+        except ValueError:  # somebody's own network; who loads the checkpoint has to bring it along
+            described = {}
+        self.save_hyperparameters(
+            {
+                **described,
+                "rule": describe(rule),
+                "num_steps": num_steps,
+                "unroll_length": unroll_length,
+                "loss_weights": loss_weights,
+                "final_steps": final_steps,
+                "lr": lr,
+                "anneal": anneal,
+                "gradient_clip": gradient_clip,
+                "max_skipped": max_skipped,
+                "second_derivatives": second_derivatives,
+                "memory": memory,
+                "memory_budget": memory_budget,
+                "imitation": imitation,
+                "imitation_epochs": imitation_epochs,
+                "log_loss": log_loss,
+                "_instantiator": "lightning.pytorch.cli.instantiate_module",
+            }
+        )
+
+    def configure_optimizers(self) -> Any:
+        """The meta-optimizer at the meta-learning rate, with its schedule.
+
+        Raises:
+            ValueError: `anneal` is on and the Trainer has no `max_epochs`, or the meta-optimizer is LBFGS.
+        """
+        optimizer = self.optimizer(self.rule.parameters())
+        if isinstance(optimizer, LBFGS):
+            raise ValueError("optimizer=LBFGS evaluates an episode several times a step; use torch.optim.Adam")
+        for group in optimizer.param_groups:
+            group["lr"] = self.lr
+        if self.anneal:
+            epochs = self.trainer.max_epochs
+            if epochs is None or epochs < 1:
+                raise ValueError(f"anneal=True needs to know the end of the run; set max_epochs (now {epochs})")
+            # Not CosineAnnealingLR: resumed with another max_epochs, it would keep to the old one and rise again.
+            cosine = LambdaLR(optimizer, lambda epoch: (1 + math.cos(math.pi * min(epoch / epochs, 1))) / 2)
+            return {"optimizer": optimizer, "lr_scheduler": cosine}
+        if self.lr_scheduler is None:
+            return optimizer
+        return {"optimizer": optimizer, "lr_scheduler": self.lr_scheduler(optimizer)}
+
+    def training_step(self, batch: Batch, batch_idx: int) -> None:
+        """One episode, one outer step a truncation."""
+        optimizer = self.optimizers()
+        left = 1.0
+        if self.imitation_epochs is not None:
+            left = max(1 - self.current_epoch / self.imitation_epochs, 0.0)
+        self.unroll.imitation = self.imitation * left
+        episode = self.unroll.start(batch)
+        total, largest, imitated = (torch.zeros((), device=self.device) for _ in range(3))
+        weights_of_all = LOSS_WEIGHTS[self.loss_weights](self.train_steps)
+        for first in range(0, self.train_steps, self.unroll_length):
+            weights = weights_of_all[first : first + self.unroll_length]
+            optimizer.zero_grad()  # type: ignore[union-attr]
+            truncation = self.unroll.run(episode, self.unroll_length, weights)
+            imitated += truncation.imitation_loss
+            if not any(weights) and not self.unroll.imitation:
+                continue
+            self.manual_backward(truncation.meta_loss)
+            norm = torch.nn.utils.get_total_norm([p.grad for p in self.rule.parameters() if p.grad is not None])
+            total += truncation.meta_loss.detach()
+            largest = torch.maximum(largest, norm)
+            self._outer_step(optimizer, float(norm))
+        total = cast(Tensor, self.trainer.strategy.reduce(total, reduce_op="mean"))  # over ranks
+        values: dict[str, Any] = {
+            "train/meta_loss": total,
+            "train/meta_gradient_norm": largest,
+            "train/skipped": self.skipped,
+            "train/num_steps": float(self.train_steps),
+        }
+        if self.imitation:
+            values["train/imitation_loss"] = cast(Tensor, self.trainer.strategy.reduce(imitated, reduce_op="mean"))
+        self.log_dict({**values, "step": float(self.global_step)}, batch_size=1)
+        self.log("meta_loss", total, prog_bar=True, logger=False, batch_size=1)
+
+    def _outer_step(self, optimizer: Any, norm: float) -> None:
+        # The gradient has been averaged over ranks by now: one rank's bad number makes all of them skip together.
+        if math.isfinite(norm):
+            self.skipped_in_a_row = 0
+            if self.gradient_clip is not None and norm > self.gradient_clip:
+                self.clip_gradients(optimizer, self.gradient_clip, "norm")
+            optimizer.step()
+            return
+        self.skipped += 1
+        self.skipped_in_a_row += 1
+        if self.skipped_in_a_row >= self.max_skipped:
+            raise RuntimeError(
+                f"the meta-gradient was not finite {self.skipped_in_a_row} outer steps in a row: the optimizees "
+                f"diverge under this rule; resume from an earlier checkpoint with a smaller --model.lr (now {self.lr}) "
+                "or with --model.gradient_clip 1.0, or start anew with a smaller output_scale of the rule"
+            )
+
+    def on_train_epoch_end(self) -> None:
+        """Step the learning-rate schedule: manual optimization leaves that to the module."""
+        scheduler = self.lr_schedulers()
+        if isinstance(scheduler, ReduceLROnPlateau):
+            if "val/final_loss" in self.trainer.callback_metrics:
+                scheduler.step(self.trainer.callback_metrics["val/final_loss"])
+        elif scheduler is not None and self.global_step:  # torch wants a schedule to follow the first outer step
+            scheduler.step()  # type: ignore[union-attr]
+
+    def evaluate(self, batch: Batch) -> Rollout:
+        """An episode of the batch's tasks under the rule."""
+
+        def learned(params: list[tuple[str, Tensor]]) -> Optimizer:
+            # Tasks lie side by side in one tensor: one that fails must not hold up the others.
+            return LearnedOptimizer(params, self.rule, skip_nonfinite=False)
+
+        return rollout(learned, self.task, batch, self.num_steps, self.device)
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> dict[str, Any]:
+        """An episode of the validation tasks, and the metrics of it."""
+        run = self.evaluate(batch)
+        figures = {
+            "final_loss": final_losses(run.losses, self.final_steps),
+            "trajectory_loss": run.losses[1:].mean(0),
+            "meta_loss": (run.losses[1:] * run.losses.new_tensor(self.weights)[:, None]).nan_to_num(math.inf).sum(0),
+            **{f"unseen_{name}": values for name, values in run.unseen.items()},
+        }
+        options: dict[str, Any] = {"on_step": False, "on_epoch": True, "batch_size": run.losses.shape[1]}
+        for name, values in figures.items():
+            self.val_metrics[name](values)
+            self.log(f"val/{name}", cast(MeanMetric, self.val_metrics[name]), prog_bar=name == "final_loss", **options)
+        self.log("step", float(self.global_step), sync_dist=True, **options)
+        return vars(run)
+
+    def test_step(self, batch: Batch, batch_idx: int) -> dict[str, Any]:
+        """An episode of the test tasks; what is made of it is the callbacks' affair."""
+        return vars(self.evaluate(batch))
+
+    def predict_step(self, batch: Batch, batch_idx: int) -> dict[str, Any]:
+        """An episode of the test tasks."""
+        return self.test_step(batch, batch_idx)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep the count of skipped outer steps."""
+        checkpoint["skipped"] = [self.skipped, self.skipped_in_a_row]
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse the checkpoint of another rule.
+
+        Raises:
+            ValueError: The rule in the checkpoint is not the one that this run asks for.
+        """
+        saved, own = checkpoint.get("hyper_parameters", {}).get("rule"), describe(self.rule)
+        if saved is None:
+            raise ValueError("the checkpoint is not one of a MetaOptimizer: it describes no rule")
+        if saved["class_path"] != own["class_path"]:
+            raise ValueError(
+                f"the checkpoint holds a {saved['class_path']}, this run asks for {own['class_path']}; "
+                f"use --model.rule {saved['class_path']}"
+            )
+        changed = {k: v for k, v in saved["init_args"].items() if own["init_args"].get(k) != v and k != "forget_bias"}
+        if changed:
+            here = ", ".join(f"{k}={own['init_args'].get(k)}" for k in changed)
+            flags = " ".join(f"--model.rule.{k} {v}" for k, v in changed.items())
+            raise ValueError(f"the checkpoint's rule is not the one asked for ({here}); use {flags}")
+        self.skipped, self.skipped_in_a_row = checkpoint.get("skipped", (0, 0))
+
+
+def _divisors(number: int) -> str:
+    found = [str(d) for d in range(1, number + 1) if number % d == 0]
+    return " or ".join([", ".join(found[:-1]), found[-1]]) if len(found) > 1 else found[0]
+
+
+def _start_from(source: str, rule: UpdateRule) -> None:
+    """Give a rule, or each of a group, the weights of another."""
+    given = load_rule(source)
+    own = rule.rules.values() if isinstance(rule, RuleGroups) and not isinstance(given, RuleGroups) else [rule]
+    for one in own:
+        try:
+            one.load_state_dict(given.state_dict())
+        except RuntimeError as error:
+            raise ValueError(
+                f"start={brief(source)} has {signature_of(given)}, whose weights do not fit {signature_of(one)}; give "
+                "the rule the same sizes, or leave start out"
+            ) from error

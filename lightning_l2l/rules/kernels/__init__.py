@@ -1,0 +1,1 @@
+"""The arithmetic of the rules, where it has to be fast."""
