@@ -1,20 +1,16 @@
 """The LSTM kernel, compiled, where there is a C compiler; nothing depends on it.
 
-The source is `fused.c`; it is compiled once for a machine, in about two seconds, into the user's cache folder.
-Without a compiler, on another device or in another dtype torch's operators do the same (lstm_kernel.py).
-LIGHTNING_L2L_FUSED=0 in the environment turns it off.
+The source is `fused.c`; it is compiled once for a machine, in about two seconds, into the user's cache folder
+(compiled.py). Without a compiler, of which a warning tells, on another device or in another dtype torch's operators do
+the same (lstm_kernel.py). LIGHTNING_L2L_FUSED=0 in the environment turns it off.
 """
 
 from __future__ import annotations
 
 import ctypes
-import hashlib
 import math
 import os
-import platform
-import shutil
-import subprocess
-import tempfile
+import warnings
 from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
@@ -24,6 +20,7 @@ import torch
 from torch import Tensor
 
 from lightning_l2l.rules.base import RuleUnroll
+from lightning_l2l.rules.kernels.compiled import NotCompiled, load_compiled
 
 SOURCE = Path(__file__).with_name("fused.c")
 #: Running means of the gradient that a rule with moments may have.
@@ -198,50 +195,34 @@ def _library() -> Any:
     if os.environ.get("LIGHTNING_L2L_FUSED", "1") == "0":
         return None
     try:
-        library = ctypes.CDLL(str(_compiled()))
-        # Bound to torch's own OpenMP, already loaded, so that its number of threads holds here too.
-        size, pointer, yes = ctypes.c_long, ctypes.c_void_p, ctypes.c_int
-        rule = ctypes.POINTER(FusedRule)
-        signatures: dict[str, tuple[Any, list[Any]]] = {
-            "lstm_packed_size": (size, [rule, yes]),
-            "lstm_pack": (None, [rule, yes, pointer, pointer]),
-            "lstm_scratch": (size, [rule, size]),
-            "lstm_step": (None, [rule, size, size, *[pointer] * 4, size, pointer]),
-            "lstm_gradient_size": (size, [rule]),
-            "lstm_gradient_scratch": (size, [rule, size, size]),
-            "lstm_gradients": (None, [rule, size, size, size, *[pointer] * 6, size, pointer]),
-        }
-        for name, (result, arguments) in signatures.items():
-            function = getattr(library, name)
-            function.restype, function.argtypes = result, arguments
-        return library
-    except (OSError, subprocess.SubprocessError, AttributeError):
+        library, problem = load_compiled(SOURCE, FLAGS)
+    except NotCompiled as error:
+        warnings.warn(
+            f"the LSTM's kernel is not compiled, and without it a step takes 3 to 6 times as long: {error}; or set "
+            "LIGHTNING_L2L_FUSED=0 to go on like this without a warning",
+            RuntimeWarning,
+            stacklevel=3,  # the rule, which asks `fused_for`
+        )
         return None
-
-
-def _compiled() -> Path:
-    """The compiled library, from the cache or made now; OSError or SubprocessError where that cannot be."""
-    compiler = shutil.which(os.environ.get("CC", "cc"))
-    if compiler is None:
-        raise FileNotFoundError("no C compiler")
-    identity = (SOURCE.read_text(), compiler, *FLAGS, *platform.uname(), _processor())
-    name = hashlib.sha256("\0".join(identity).encode()).hexdigest()[:16]
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lightning_l2l"
-    library = folder / f"fused-{name}.so"
-    if not library.exists():
-        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        with tempfile.TemporaryDirectory(dir=folder) as scratch:  # beside its place, so that moving it is atomic
-            made = Path(scratch) / "fused.so"
-            command = [compiler, *FLAGS, str(SOURCE), "-o", str(made)]
-            subprocess.run(command, check=True, capture_output=True, timeout=60)
-            os.replace(made, library)
+    if problem is not None:
+        warnings.warn(
+            f"the LSTM's kernel was compiled, and has to be again the next time: {problem}",
+            RuntimeWarning,
+            stacklevel=3,
+        )
+    # Bound to torch's own OpenMP, already loaded, so that its number of threads holds here too.
+    size, pointer, yes = ctypes.c_long, ctypes.c_void_p, ctypes.c_int
+    rule = ctypes.POINTER(FusedRule)
+    signatures: dict[str, tuple[Any, list[Any]]] = {
+        "lstm_packed_size": (size, [rule, yes]),
+        "lstm_pack": (None, [rule, yes, pointer, pointer]),
+        "lstm_scratch": (size, [rule, size]),
+        "lstm_step": (None, [rule, size, size, *[pointer] * 4, size, pointer]),
+        "lstm_gradient_size": (size, [rule]),
+        "lstm_gradient_scratch": (size, [rule, size, size]),
+        "lstm_gradients": (None, [rule, size, size, size, *[pointer] * 6, size, pointer]),
+    }
+    for name, (result, arguments) in signatures.items():
+        function = getattr(library, name)
+        function.restype, function.argtypes = result, arguments
     return library
-
-
-def _processor() -> str:
-    """What `-march=native` depends on: a cache folder may be shared by unlike machines."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    return "".join(sorted({line for line in lines if line.startswith(("flags", "model name", "Features"))}))

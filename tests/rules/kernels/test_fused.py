@@ -1,17 +1,27 @@
 """The compiled part gives what torch's operators give, and is never needed."""
 
 import os
-import shutil
 import subprocess
 import sys
+import warnings
+from pathlib import Path
 
 import pytest
 import torch
 
 from lightning_l2l.rules import CoordinatewiseLSTM, RNNprop
 from lightning_l2l.rules.kernels import fused
+from lightning_l2l.rules.kernels.compiled import NotCompiled, find_compiler
 
-compiler = pytest.mark.skipif(shutil.which(os.environ.get("CC", "cc")) is None, reason="no C compiler here")
+
+def is_compiler():
+    try:
+        return bool(find_compiler())
+    except NotCompiled:
+        return False
+
+
+compiler = pytest.mark.skipif(not is_compiler(), reason="no C compiler here")
 
 
 def make_with_time(**options):
@@ -110,13 +120,65 @@ def test_only_float32_on_the_cpu_is_compiled():
     assert fused.fused_for(torch.empty(0, device="meta")) is None
 
 
+@pytest.fixture
+def afresh(monkeypatch, tmp_path):
+    """Of the library nothing is known and nothing kept."""
+    fused._library.cache_clear()
+    for name in ("CC", "LIGHTNING_L2L_FUSED"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    yield monkeypatch
+    fused._library.cache_clear()
+
+
+def test_one_warning_says_why_it_is_slow_and_what_to_do(afresh):
+    afresh.setenv("CC", "no-such-compiler")
+    rule, state = CoordinatewiseLSTM(), torch.zeros(80, 5)
+    with pytest.warns(RuntimeWarning) as found:
+        rule.step_(torch.ones(5), state)
+    (warning,) = found
+    message = str(warning.message)
+    assert Path(warning.filename).name == "lstm.py"  # not the line that warns
+    assert "3 to 6 times as long" in message and "CC='no-such-compiler' names no program" in message
+    assert "install a C compiler" in message and "LIGHTNING_L2L_FUSED=0" in message
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        rule.step_(torch.ones(5), state)
+        rule.unroller(5, 1)
+
+
+@pytest.mark.parametrize("like", [torch.empty(0, dtype=torch.float64), torch.empty(0, device="meta")], ids=str)
+def test_what_is_never_compiled_is_not_warned_of(afresh, like):
+    afresh.setenv("CC", "no-such-compiler")
+    assert fused.fused_for(like) is None  # a warning is an error here
+
+
+@compiler
+def test_where_it_cannot_be_kept_it_is_compiled_all_the_same_and_one_warning_says_so(afresh, tmp_path):
+    (tmp_path / "cache").write_text("a file")
+    with pytest.warns(
+        RuntimeWarning, match="has to be again the next time: .* set XDG_CACHE_HOME to a folder"
+    ) as found:
+        library = fused.fused_for(torch.empty(0))
+    assert len(found) == 1 and library is not None and fused.fused_for(torch.empty(0)) is library
+    gradients = torch.randn(4, 40)
+    compiled = run(CoordinatewiseLSTM(), gradients, "flat")
+    assert all(part.isfinite().all() for part in compiled)
+
+
 @pytest.mark.parametrize(
-    "environment", [{"LIGHTNING_L2L_FUSED": "0"}, {"CC": "no-such-compiler"}, {"CC": "false"}], ids=str
+    "environment, causes",
+    [
+        ({"LIGHTNING_L2L_FUSED": "0"}, []),
+        ({"CC": "no-such-compiler"}, ["CC='no-such-compiler' names no program"]),
+        ({"CC": "false"}, ["false failed (exit status 1"]),
+    ],
+    ids=str,
 )
-def test_without_it_all_goes_on(environment, tmp_path):
+def test_without_it_all_goes_on(environment, causes, tmp_path):
     code = (
-        "import torch; from lightning_l2l.rules import CoordinatewiseLSTM; from lightning_l2l.rules.kernels import fused; "
-        "assert fused.fused_for(torch.empty(0)) is None; "
+        "import torch; from lightning_l2l.rules import CoordinatewiseLSTM; "
+        "from lightning_l2l.rules.kernels import fused; assert fused.fused_for(torch.empty(0)) is None; "
         "u, s = CoordinatewiseLSTM().unroller(5, 1), torch.zeros(80, 5); u.begin(s); "
         "print(u.step(torch.ones(5), s).shape)"
     )
@@ -128,3 +190,5 @@ def test_without_it_all_goes_on(environment, tmp_path):
         check=True,
     )
     assert "torch.Size([5])" in found.stdout
+    assert found.stderr.count("RuntimeWarning") == len(causes)
+    assert all(cause in found.stderr for cause in causes)
