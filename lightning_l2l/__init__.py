@@ -20,7 +20,10 @@ if TYPE_CHECKING:
     from lightning_l2l.evaluation.learning_curves import LearningCurves
     from lightning_l2l.evaluation.proposals import UpdateProposals
     from lightning_l2l.meta.curriculum import Curriculum
+    from lightning_l2l.meta.first_order import FirstOrder
+    from lightning_l2l.meta.imitation import Imitation
     from lightning_l2l.meta.meta_optimizer import MetaOptimizer
+    from lightning_l2l.meta.second_order import SecondOrder
     from lightning_l2l.optim import LearnedOptimizer
     from lightning_l2l.rules import CoordinatewiseLSTM, RNNprop, RuleGroups, UpdateRule
     from lightning_l2l.rules.files import load_rule
@@ -59,7 +62,10 @@ _HOMES = {
     "evaluation.learning_curves": ("LearningCurves",),
     "evaluation.proposals": ("UpdateProposals",),
     "meta.curriculum": ("Curriculum",),
+    "meta.first_order": ("FirstOrder",),
+    "meta.imitation": ("Imitation",),
     "meta.meta_optimizer": ("MetaOptimizer",),
+    "meta.second_order": ("SecondOrder",),
     "optim": ("LearnedOptimizer",),
     "rules": ("CoordinatewiseLSTM", "RNNprop", "RuleGroups", "UpdateRule"),
     "rules.files": ("load_rule",),
@@ -92,8 +98,10 @@ __all__ = [
     "CoordinatewiseLSTM",
     "Curriculum",
     "EpisodeDataModule",
+    "FirstOrder",
     "GeneratedDataModule",
     "GeneratedTask",
+    "Imitation",
     "Lasso",
     "LearnedOptimizer",
     "LearningCurves",
@@ -110,6 +118,7 @@ __all__ = [
     "Rastrigin",
     "Rosenbrock",
     "RuleGroups",
+    "SecondOrder",
     "SequenceDataModule",
     "Task",
     "Transformer",

@@ -9,6 +9,7 @@ from torch import nn
 
 from lightning_l2l import CoordinatewiseLSTM, LearnedOptimizer, Quadratic
 from lightning_l2l.evaluation.rollout import rollout
+from lightning_l2l.meta.first_order import FirstOrder
 from lightning_l2l.meta.unroll import Unroll
 from lightning_l2l.rules import UpdateRule
 from lightning_l2l.rules.describe import describe
@@ -78,7 +79,7 @@ def test_the_trajectory_is_that_of_meta_training(rule, which, memory):
     else:
         net = nn.Sequential(nn.Linear(5, 4), nn.BatchNorm1d(4), nn.ReLU(), nn.Linear(4, 3))
         task, batch = NetworkTask(net), network_batch(2)
-    unroll = Unroll(task, rule, memory=memory)
+    unroll = Unroll(task, rule, FirstOrder(memory))
     episode = unroll.start(batch)
     trained = torch.cat([unroll.run(episode, 5).losses for _ in range(2)])
     deployed = rollout(lambda p: LearnedOptimizer(p, rule), task, batch, 10, torch.device("cpu"))

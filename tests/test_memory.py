@@ -28,7 +28,7 @@ def status(key):
 UNROLL = """
 import json, sys, time
 import torch
-from lightning_l2l import CoordinatewiseLSTM, MLP, NetworkTask
+from lightning_l2l import CoordinatewiseLSTM, FirstOrder, MLP, NetworkTask
 from lightning_l2l.meta.unroll import Unroll
 start = status("VmRSS")
 hidden, num_steps, budget, rounds = map(int, sys.argv[1:])
@@ -36,7 +36,7 @@ g = torch.Generator().manual_seed(0)
 images = torch.randint(0, 256, (1, num_steps + 1, 128, 28, 28), dtype=torch.uint8, generator=g)
 labels = torch.randint(0, 10, (1, num_steps + 1, 128), dtype=torch.uint8, generator=g)
 rule = CoordinatewiseLSTM()
-unroll, seconds = Unroll(NetworkTask(MLP(hidden_size=hidden)), rule, memory_budget=budget), []
+unroll, seconds = Unroll(NetworkTask(MLP(hidden_size=hidden)), rule, FirstOrder(memory_budget=budget)), []
 while len(seconds) < rounds:  # from the second on, an episode finds the buffers of the one before
     episode = unroll.start({"inputs": images, "targets": labels, "seed": torch.tensor([0])})
     begin = time.perf_counter()

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from typing import Any, Literal, cast, get_args
+from types import NoneType
+from typing import Any, Literal, cast
 
 import torch
 from lightning.pytorch import LightningModule
@@ -23,14 +24,16 @@ from lightning_l2l.arguments import (
     check_flag,
     check_positive,
     check_type,
-    is_number,
 )
 from lightning_l2l.evaluation.results import final_losses
 from lightning_l2l.evaluation.rollout import Rollout, rollout
+from lightning_l2l.meta.first_order import FirstOrder
+from lightning_l2l.meta.hyperparameters import describe_imitation
+from lightning_l2l.meta.imitation import Imitation
+from lightning_l2l.meta.meta_gradient import MetaGradient
 from lightning_l2l.meta.unroll import Unroll
 from lightning_l2l.optim import LearnedOptimizer
 from lightning_l2l.rules import RuleGroups, UpdateRule
-from lightning_l2l.rules.base import Memory
 from lightning_l2l.rules.describe import describe, signature_of
 from lightning_l2l.rules.files import load_rule
 from lightning_l2l.tasks import Task
@@ -80,18 +83,11 @@ class MetaOptimizer(LightningModule):
             in place of `lr_scheduler`.
         gradient_clip: Largest norm of a meta-gradient; None leaves it as it is.
         max_skipped: *Outer steps* in a row with a meta-gradient that is not finite before the run is stopped.
-        second_derivatives: See `Unroll`.
-        memory: See `Unroll`.
-        memory_budget: See `Unroll`; bytes.
+        meta_gradient: How the meta-gradient is had: `FirstOrder` (the paper, and the default) or `SecondOrder`.
         train_task: What is optimised in meta-training, where that differs from what the rule is evaluated on, such as
             `RandomScaling(task)`; it takes the same data.
-        imitation: Factor, at least 0, on the loss of an imitation that is added to the meta-loss in meta-training: how
-            far the rule's updates are from those that the `teacher` makes of the same gradients, relative to their
-            size; see `unroll.Truncation`. Logged as `train/imitation_loss`.
-        teacher: Whom to imitate: an optimizer that works on each coordinate by itself, with its learning rate.
-        teacher_schedule: Schedule of the teacher's learning rate, in *inner steps*, such as
-            `torch.optim.lr_scheduler.LinearLR`; None: it stays as it is.
-        imitation_epochs: *Epochs* over which `imitation` falls, evenly, to 0; None leaves it as it is.
+        imitation: Of another optimizer, in meta-training: an `Imitation`, whose loss is logged as
+            `train/imitation_loss`. None: of none.
         start: From whose weights meta-training starts: name of a shipped rule, or path of a rule file or checkpoint;
             a rule of groups takes them in each group. The rule's other arguments may differ from those of that rule.
             None: from those that the rule has.
@@ -119,25 +115,21 @@ class MetaOptimizer(LightningModule):
         anneal: bool = False,
         gradient_clip: float | None = None,
         max_skipped: int = 20,
-        second_derivatives: bool = False,
-        memory: Memory = "auto",
-        memory_budget: int = 2**30,
+        meta_gradient: MetaGradient | None = None,
         train_task: Task | None = None,
-        imitation: float = 0.0,
-        teacher: OptimizerCallable = torch.optim.Adam,
-        imitation_epochs: int | None = None,
+        imitation: Imitation | None = None,
         start: str | None = None,
         log_loss: bool = False,
-        teacher_schedule: LRSchedulerCallable | None = None,
     ) -> None:
         super().__init__()
         check_type(Task, "a Task, such as Quadratic()", task=task)
-        check_type((Task, type(None)), "a Task, such as RandomScaling(task), or None", train_task=train_task)
+        check_type((Task, NoneType), "a Task, such as RandomScaling(task), or None", train_task=train_task)
         check_type(UpdateRule, "an UpdateRule, such as CoordinatewiseLSTM()", rule=rule)
         check_at_least(1, MOST, num_steps=num_steps, unroll_length=unroll_length, final_steps=final_steps)
         check_at_least(1, max_skipped=max_skipped)
-        check_at_least(1, 2**63 - 1, memory_budget=memory_budget)
-        check_flag(anneal=anneal, second_derivatives=second_derivatives, log_loss=log_loss)
+        check_flag(anneal=anneal, log_loss=log_loss)
+        check_type((MetaGradient, NoneType), "FirstOrder(), SecondOrder(), or None", meta_gradient=meta_gradient)
+        check_type((Imitation, NoneType), "Imitation(weight=100.0), or None", imitation=imitation)
         if num_steps % unroll_length:
             raise ValueError(
                 f"unroll_length={unroll_length} does not divide num_steps={num_steps}; use {_divisors(num_steps)}"
@@ -147,18 +139,11 @@ class MetaOptimizer(LightningModule):
         if anneal and lr_scheduler is not None:
             raise ValueError("anneal=True and an lr_scheduler are two schedules for one learning rate; leave one out")
         check_choice(LOSS_WEIGHTS, loss_weights=loss_weights)
-        check_choice(get_args(Memory), memory=memory)
         check_positive(lr=lr)
         check_positive(optional=True, gradient_clip=gradient_clip)
-        check_callable("a class, such as torch.optim.Adam", optimizer=optimizer, teacher=teacher)
-        if not is_number(imitation) or imitation < 0:
-            raise ValueError(f"imitation={brief(imitation)} is not 0 or more; use 0 for none")
-        check_at_least(1, optional=True, imitation_epochs=imitation_epochs)
-        if imitation and second_derivatives:
-            raise ValueError("imitation and second_derivatives=True do not go together; leave one out")
-        for name, schedule in (("lr_scheduler", lr_scheduler), ("teacher_schedule", teacher_schedule)):
-            if schedule is not None:
-                check_callable("a function of the optimizer that makes a schedule", **{name: schedule})
+        check_callable("a class, such as torch.optim.Adam", optimizer=optimizer)
+        if lr_scheduler is not None:
+            check_callable("a function of the optimizer that makes a schedule", lr_scheduler=lr_scheduler)
         if not any(True for _ in rule.parameters()):
             raise ValueError(f"rule={brief(rule)} has no parameters to meta-train; give one that has some")
         if start is not None:
@@ -172,9 +157,8 @@ class MetaOptimizer(LightningModule):
         self.optimizer, self.lr_scheduler, self.anneal = optimizer, lr_scheduler, anneal
         self.gradient_clip, self.max_skipped = gradient_clip, max_skipped
         self.train_task = train_task
-        self.imitation, self.teacher, self.imitation_epochs = imitation, teacher, imitation_epochs
-        self.unroll = Unroll(train_task or task, rule, second_derivatives, memory, memory_budget)
-        self.unroll.teacher, self.unroll.teacher_schedule, self.unroll.log_loss = teacher, teacher_schedule, log_loss
+        self.meta_gradient, self.imitation = meta_gradient or FirstOrder(), imitation
+        self.unroll = Unroll(train_task or task, rule, self.meta_gradient, imitation, log_loss)
         self.skipped = self.skipped_in_a_row = 0
         # "disable": a loss that is no number must show, not drop out of the mean.
         names = ("final_loss", "trajectory_loss", "meta_loss", "unseen_loss", "unseen_accuracy")
@@ -195,11 +179,8 @@ class MetaOptimizer(LightningModule):
                 "anneal": anneal,
                 "gradient_clip": gradient_clip,
                 "max_skipped": max_skipped,
-                "second_derivatives": second_derivatives,
-                "memory": memory,
-                "memory_budget": memory_budget,
-                "imitation": imitation,
-                "imitation_epochs": imitation_epochs,
+                "meta_gradient": describe(self.meta_gradient),
+                "imitation": imitation and describe_imitation(imitation),
                 "log_loss": log_loss,
                 "_instantiator": "lightning.pytorch.cli.instantiate_module",
             }
@@ -230,11 +211,7 @@ class MetaOptimizer(LightningModule):
     def training_step(self, batch: Batch, batch_idx: int) -> None:
         """One episode, one outer step a truncation."""
         optimizer = self.optimizers()
-        left = 1.0
-        if self.imitation_epochs is not None:
-            left = max(1 - self.current_epoch / self.imitation_epochs, 0.0)
-        self.unroll.imitation = self.imitation * left
-        episode = self.unroll.start(batch)
+        episode = self.unroll.start(batch, self.current_epoch)
         total, largest, imitated = (torch.zeros((), device=self.device) for _ in range(3))
         weights_of_all = LOSS_WEIGHTS[self.loss_weights](self.train_steps)
         for first in range(0, self.train_steps, self.unroll_length):
@@ -242,7 +219,7 @@ class MetaOptimizer(LightningModule):
             optimizer.zero_grad()  # type: ignore[union-attr]
             truncation = self.unroll.run(episode, self.unroll_length, weights)
             imitated += truncation.imitation_loss
-            if not any(weights) and not self.unroll.imitation:
+            if not any(weights) and not episode.imitates:
                 continue
             self.manual_backward(truncation.meta_loss)
             norm = torch.nn.utils.get_total_norm([p.grad for p in self.rule.parameters() if p.grad is not None])
@@ -256,7 +233,7 @@ class MetaOptimizer(LightningModule):
             "train/skipped": self.skipped,
             "train/num_steps": float(self.train_steps),
         }
-        if self.imitation:
+        if self.imitation is not None and self.imitation.weight:
             values["train/imitation_loss"] = cast(Tensor, self.trainer.strategy.reduce(imitated, reduce_op="mean"))
         self.log_dict({**values, "step": float(self.global_step)}, batch_size=1)
         self.log("meta_loss", total, prog_bar=True, logger=False, batch_size=1)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -47,6 +48,25 @@ def describe(thing: object) -> dict[str, Any]:
                 )
             arguments[parameter.name] = _plain(getattr(thing, parameter.name))
     return {"class_path": _path(type(thing)), "init_args": arguments}
+
+
+def describe_call(make: Callable[..., Any]) -> dict[str, Any]:
+    """Class and arguments of what makes an object, such as `partial(torch.optim.Adam, lr=0.01)`.
+
+    Raises:
+        ValueError: It is no class with arguments by name, or an argument cannot be described.
+
+    Example:
+        >>> describe_call(partial(torch.optim.Adam, lr=0.01))
+        {'class_path': 'torch.optim.adam.Adam', 'init_args': {'lr': 0.01}}
+    """
+    given: dict[str, Any] = {}
+    cls: Any = make
+    if isinstance(make, partial):  # jsonargparse's have the class as the last of their own arguments
+        cls, given = (make.args or (make.func,))[-1], make.keywords
+    if not inspect.isclass(cls):
+        raise ValueError(f"{brief(make)} is no class, and a checkpoint can describe no other function")
+    return {"class_path": _path(cls), "init_args": {name: _plain(value) for name, value in given.items()}}
 
 
 def signature_of(rule: UpdateRule) -> str:

@@ -14,7 +14,9 @@ from lightning_l2l import (
     Autoencoder,
     CIFAR10DataModule,
     CoordinatewiseLSTM,
+    FirstOrder,
     GeneratedDataModule,
+    Imitation,
     Lasso,
     LearnedOptimizer,
     LogisticRegression,
@@ -160,6 +162,10 @@ def make_network_task(**options):
     return NetworkTask(**{"module": torch.nn.Linear(3, 2), **options})
 
 
+def make_imitation(**options):
+    return Imitation(**{"weight": 1.0, **options})
+
+
 def make_baseline(**options):
     return Baseline(**{"name": "own", "optimizer": torch.optim.SGD, **options})
 
@@ -169,10 +175,11 @@ IMAGES = "root batch_size download num_unseen".split()
 CONSTRUCTORS = {
     RNNprop: ("hidden_size num_layers beta1 beta2 eps output_scale time decay horizon warmup".split(), use_rule),
     CoordinatewiseLSTM: ("hidden_size num_layers preprocessing p output_scale forget_bias".split(), use_rule),
+    FirstOrder: ("memory memory_budget block".split(), leave),
+    make_imitation: ("weight teacher schedule epochs".split(), leave),
     make_module: (
         "task rule num_steps unroll_length loss_weights final_steps lr optimizer lr_scheduler anneal gradient_clip "
-        "max_skipped second_derivatives memory memory_budget imitation teacher teacher_schedule imitation_epochs "
-        "train_task start log_loss".split(),
+        "max_skipped meta_gradient imitation train_task start log_loss".split(),
         use_meta_optimizer,
     ),
     Quadratic: (["dim"], use_task),

@@ -8,12 +8,14 @@ from lightning.pytorch import Callback, Trainer
 
 from lightning_l2l import (
     CoordinatewiseLSTM,
+    Imitation,
     MetaOptimizer,
     Quadratic,
     QuadraticDataModule,
     RandomScaling,
     RNNprop,
     RuleGroups,
+    SecondOrder,
 )
 from lightning_l2l.evaluation.rollout import Rollout
 from lightning_l2l.meta.meta_optimizer import LOSS_WEIGHTS
@@ -253,15 +255,24 @@ def test_a_finite_meta_gradient_ends_the_row():
         ({"final_steps": 0}, "final_steps=0"),
         ({"final_steps": 7}, "final_steps=7 exceeds num_steps=6; use 1 to 6"),
         ({"loss_weights": "first"}, "loss_weights='first' is unknown; use one of all, linear, last"),
-        ({"memory_budget": 0}, "memory_budget=0"),
-        ({"imitation": -1.0}, "imitation=-1.0 is not 0 or more"),
-        ({"imitation": 1.0, "second_derivatives": True}, "do not go together"),
-        ({"imitation_epochs": 0}, "imitation_epochs=0"),
+        ({"imitation": Imitation(1.0), "meta_gradient": SecondOrder()}, "do not go together"),
         ({"start": "rnnprop"}, r"start='rnnprop' has RNNprop\(.*do not fit CoordinatewiseLSTM\(hidden_size=4"),
     ],
 )
 def test_bad_arguments(arguments, message):
     with pytest.raises(ValueError, match=message):
+        make(**arguments)
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ({"meta_gradient": "fast"}, r"meta_gradient='fast' is a str; give FirstOrder\(\), SecondOrder\(\), or None"),
+        ({"imitation": 1.0}, r"imitation=1.0 is a float; give Imitation\(weight=100.0\), or None"),
+    ],
+)
+def test_arguments_of_another_type(arguments, message):
+    with pytest.raises(TypeError, match=message):
         make(**arguments)
 
 
@@ -353,7 +364,7 @@ class ImitationLosses(Callback):
 def test_a_rule_learns_to_imitate_its_teacher(trainer):
     losses = ImitationLosses()
     teacher = partial(torch.optim.SGD, lr=0.01)
-    module = make(lr=0.02, imitation=1000.0, teacher=teacher)
+    module = make(lr=0.02, imitation=Imitation(1000.0, teacher))
     trainer(max_epochs=40, limit_val_batches=0, callbacks=[losses]).fit(module, data(episodes_per_epoch=5))
     assert losses.found[0] > 3  # about 6, one for each inner step, where updates are far too small
     assert losses.found[-1] < 0.3 * losses.found[0]
@@ -361,8 +372,10 @@ def test_a_rule_learns_to_imitate_its_teacher(trainer):
 
 def test_imitation_falls_to_nothing_over_its_epochs(trainer):
     seen = []
-    module = make(imitation=4.0, imitation_epochs=2)
+    module = make(imitation=Imitation(4.0, epochs=2))
     run = module.unroll.run
-    module.unroll.run = lambda *given: seen.append(module.unroll.imitation) or run(*given)
+    module.unroll.run = lambda *given: (
+        seen.append([part.lessons and part.lessons.weight for part in given[0].parts]) or run(*given)
+    )
     trainer(max_epochs=3, limit_val_batches=0).fit(module, data(episodes_per_epoch=1))
-    assert seen == [4.0, 4.0, 2.0, 2.0, 0.0, 0.0]
+    assert seen == [[4.0], [4.0], [2.0], [2.0], [None], [None]]

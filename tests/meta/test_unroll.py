@@ -2,11 +2,13 @@ import pytest
 import torch
 from torch import nn
 
+from lightning_l2l import FirstOrder, Imitation, SecondOrder
 from lightning_l2l.meta.unroll import Unroll
 from lightning_l2l.rules import CoordinatewiseLSTM, RNNprop, RuleGroups
 from lightning_l2l.tasks import MLP, NetworkTask, Quadratic, Task, init_from_seeds
 
 NUM_STEPS, UNROLL = 6, 3
+NAMES = ("fast", "flat", "second order")
 
 
 def data(task, num_tasks):
@@ -85,7 +87,7 @@ def test_meta_gradient_is_brute_force_autograd_with_gradients_detached(task, rul
     meta_loss, losses, _, _ = brute_force(task, rule, batch, NUM_STEPS)
     want = torch.autograd.grad(meta_loss, list(rule.parameters()), materialize_grads=True)
 
-    unroll = Unroll(task, rule, memory=memory, block=block)
+    unroll = Unroll(task, rule, FirstOrder(memory, block=block))
     result = unroll.run(unroll.start(batch), NUM_STEPS)
     result.meta_loss.backward()
     torch.testing.assert_close(result.losses, losses, rtol=1e-10, atol=1e-12)
@@ -95,12 +97,11 @@ def test_meta_gradient_is_brute_force_autograd_with_gradients_detached(task, rul
 
 
 @pytest.mark.cuda
-@pytest.mark.parametrize("second_derivatives", [False, True])
-@pytest.mark.parametrize("memory", ["fast", "flat"])
-def test_on_a_gpu_the_meta_gradient_is_that_of_the_cpu(task, rule, memory, second_derivatives):
+@pytest.mark.parametrize("meta_gradient", [FirstOrder("fast"), FirstOrder("flat"), SecondOrder()], ids=NAMES)
+def test_on_a_gpu_the_meta_gradient_is_that_of_the_cpu(task, rule, meta_gradient):
     ends = []
     for device in ("cpu", "cuda"):
-        unroll = Unroll(task, rule.to(device), memory=memory, second_derivatives=second_derivatives)
+        unroll = Unroll(task, rule.to(device), meta_gradient)
         batch = {name: entry.to(device) for name, entry in data(task, 3).items()}
         result = unroll.run(unroll.start(batch), NUM_STEPS)
         assert result.losses.device.type == device
@@ -111,15 +112,15 @@ def test_on_a_gpu_the_meta_gradient_is_that_of_the_cpu(task, rule, memory, secon
     torch.testing.assert_close(ends[1], ends[0], rtol=1e-7, atol=1e-11)
 
 
-@pytest.mark.parametrize("second_derivatives", [False, True])
+@pytest.mark.parametrize("order", [FirstOrder, SecondOrder])
 @pytest.mark.parametrize("log", [False, True])
-def test_meta_gradient_of_a_weighted_meta_loss(second_derivatives, log):
+def test_meta_gradient_of_a_weighted_meta_loss(order, log):
     torch.manual_seed(0)
     task, rule = TASKS["mlp"](), CoordinatewiseLSTM(hidden_size=5, output_scale=0.5).double()
     batch, weights = data(task, 3), [0.0, 0.3, 2.0, -1.0, 0.0, 4.0]
-    meta_loss, *_ = brute_force(task, rule, batch, NUM_STEPS, detach=not second_derivatives, weights=weights, log=log)
+    meta_loss, *_ = brute_force(task, rule, batch, NUM_STEPS, detach=order is FirstOrder, weights=weights, log=log)
     want = torch.autograd.grad(meta_loss, list(rule.parameters()), materialize_grads=True)
-    unroll = Unroll(task, rule, second_derivatives=second_derivatives, log_loss=log)
+    unroll = Unroll(task, rule, order(), log_loss=log)
     result = unroll.run(unroll.start(batch), NUM_STEPS, weights)
     result.meta_loss.backward()
     torch.testing.assert_close(result.meta_loss, meta_loss, rtol=1e-10, atol=1e-12)
@@ -160,7 +161,7 @@ def test_second_derivatives_give_the_gradient_of_finite_differences(task, rule):
     if any(isinstance(m, nn.BatchNorm1d) for m in getattr(task, "module", nn.Identity()).modules()):
         pytest.skip("running statistics differ between two evaluations of the same start")
     batch = data(task, 2)
-    unroll = Unroll(task, rule, second_derivatives=True)
+    unroll = Unroll(task, rule, SecondOrder())
     unroll.run(unroll.start(batch), NUM_STEPS).meta_loss.backward()
     g = torch.Generator().manual_seed(9)
     for parameter in rule.parameters():
@@ -183,7 +184,7 @@ def test_second_derivatives_are_finite_where_a_gradient_is_zero(rule):
     task = NetworkTask(MLP(5, 4, out_features=3).double())
     batch = data(task, 2)
     batch["inputs"][..., 2] = 0  # as at the borders of MNIST's images
-    unroll = Unroll(task, rule, second_derivatives=True)
+    unroll = Unroll(task, rule, SecondOrder())
     unroll.run(unroll.start(batch), NUM_STEPS).meta_loss.backward()
     for name, parameter in rule.named_parameters():
         assert parameter.grad.isfinite().all(), name
@@ -196,9 +197,9 @@ def test_second_derivatives_matter():
     task, rule = DoubleQuadratic(4), CoordinatewiseLSTM(5, preprocessing="identity", output_scale=1.0).double()
     batch = data(task, 2)
     found = []
-    for second in (False, True):
+    for order in (FirstOrder, SecondOrder):
         rule.zero_grad()
-        unroll = Unroll(task, rule, second_derivatives=second)
+        unroll = Unroll(task, rule, order())
         unroll.run(unroll.start(batch), NUM_STEPS).meta_loss.backward()
         found.append(torch.cat([p.grad.flatten() for p in rule.parameters()]))
     assert (found[0] - found[1]).norm() > 0.01 * found[1].norm()
@@ -304,7 +305,7 @@ def test_imitation_adds_the_gradient_of_its_loss(task, rule, weights, gamma):
     def falling(optimizer):
         return torch.optim.lr_scheduler.ExponentialLR(optimizer, gamma)
 
-    unroll = Unroll(task, rule, teacher=sgd, imitation=strength, teacher_schedule=gamma and falling)
+    unroll = Unroll(task, rule, imitation=Imitation(strength, sgd, gamma and falling))
     result = unroll.run(unroll.start(batch), NUM_STEPS, weights)
     result.meta_loss.backward()
     torch.testing.assert_close(result.meta_loss, meta_loss.detach().to(result.meta_loss), rtol=1e-10, atol=1e-12)
@@ -314,7 +315,5 @@ def test_imitation_adds_the_gradient_of_its_loss(task, rule, weights, gamma):
 
 
 def test_imitation_and_second_derivatives_do_not_go_together(rule):
-    task = TASKS["mlp"]()
-    unroll = Unroll(task, rule, second_derivatives=True, teacher=torch.optim.SGD, imitation=1.0)
-    with pytest.raises(ValueError, match="leave one of the two out"):
-        unroll.run(unroll.start(data(task, 2)), NUM_STEPS)
+    with pytest.raises(ValueError, match="imitation and meta_gradient=SecondOrder do not go together; leave one out"):
+        Unroll(Quadratic(2), rule, SecondOrder(), Imitation(1.0))
