@@ -7,8 +7,7 @@ import logging
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
-from itertools import accumulate, groupby
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +19,8 @@ from lightning_l2l.arguments import brief, check_callable, check_flag, check_typ
 from lightning_l2l.rules import UpdateRule
 from lightning_l2l.rules.files import load_rule
 from lightning_l2l.rules.safeguards import new_record, over_ranks, runs_away
+from lightning_l2l.rules.segments import STATE, Segment, lay_out, runs
 
-STATE = "rule_state"
 RECORD = "loss_record"
 
 log = logging.getLogger(__name__)
@@ -91,7 +90,7 @@ class LearnedOptimizer(Optimizer):
         self.fallback_lr = fallback_lr
         self._copies: dict[tuple[UpdateRule, torch.device], UpdateRule] = {}
         self._rules: dict[Tensor, UpdateRule] = {}
-        self._segments: list[_Segment] = []
+        self._segments: list[Segment] = []
         options = {"lr": lr, "weight_decay": weight_decay, "maximize": maximize, "max_update": max_update}
         super().__init__(params, options)
 
@@ -165,9 +164,10 @@ class LearnedOptimizer(Optimizer):
                 self._fall_back()
             return loss
         self._lay_out(group_of)
-        runs = [(s, first, last, self._gradient(s, first, last, group_of)) for s, first, last in self._runs(group_of)]
-        if self._usable([gradient for *_, gradient in runs]):
-            for segment, first, last, gradient in runs:
+        neighbours = runs(self._segments, group_of)
+        fed = [(s, first, last, self._gradient(s, first, last, group_of)) for s, first, last in neighbours]
+        if self._usable([gradient for *_, gradient in fed]):
+            for segment, first, last, gradient in fed:
                 columns = slice(segment.offsets[first], segment.offsets[last])
                 with _without_autocast(gradient.device.type):
                     rule = self._rule_on(segment.rule, gradient.device)
@@ -176,15 +176,7 @@ class LearnedOptimizer(Optimizer):
                     self._apply(self.param_groups[k], segment, list(run), update, columns.start)
         return loss
 
-    def _runs(self, group_of: dict[Tensor, int]) -> Iterator[tuple[_Segment, int, int]]:
-        """Neighbours that all have a gradient: segment, first, last (exclusive)."""
-        for segment in self._segments:
-            for present, run in groupby(range(len(segment.params)), lambda i: segment.params[i] in group_of):  # noqa: B023
-                if present:
-                    found = list(run)
-                    yield segment, found[0], found[-1] + 1
-
-    def _gradient(self, segment: _Segment, first: int, last: int, group_of: dict[Tensor, int]) -> Tensor:
+    def _gradient(self, segment: Segment, first: int, last: int, group_of: dict[Tensor, int]) -> Tensor:
         parts = []
         for p in segment.params[first:last]:
             part = p.grad.reshape(-1)  # type: ignore[union-attr]
@@ -203,7 +195,7 @@ class LearnedOptimizer(Optimizer):
         self.num_skipped += 1
         return False
 
-    def _apply(self, group: dict[str, Any], segment: _Segment, run: list[int], update: Tensor, start: int) -> None:
+    def _apply(self, group: dict[str, Any], segment: Segment, run: list[int], update: Tensor, start: int) -> None:
         """Add to neighbours of one group what is theirs of `update`, which begins at coordinate `start`."""
         params, offsets = segment.params[run[0] : run[-1] + 1], segment.offsets[run[0] : run[-1] + 2]
         update = update[offsets[0] - start : offsets[-1] - start]
@@ -217,36 +209,8 @@ class LearnedOptimizer(Optimizer):
         torch._foreach_add_(params, [part.view(p.shape) for part, p in zip(parts, params, strict=True)])
 
     def _lay_out(self, params: Iterable[Tensor]) -> None:
-        """Make the state of those that have none, and bring states that lie apart into one tensor."""
-        placed = {p: view for segment in self._segments for p, view in zip(segment.params, segment.views, strict=True)}
-        loose = {p for p in params if p not in placed}
-        loose |= {
-            p for p, view in placed.items() if self.state.get(p, {}).get(STATE) is not view or p.device != view.device
-        }
-        if not loose:
-            return
-        broken = [segment for segment in self._segments if not loose.isdisjoint(segment.params)]
-        self._segments = [segment for segment in self._segments if segment not in broken]
-        loose.update(p for segment in broken for p in segment.params)
-        ordered = [p for group in self.param_groups for p in group["params"] if p in loose]
-        for rule, device in {(self._rule_of(p), p.device): None for p in ordered}:
-            alike = [p for p in ordered if p.device == device and self._rules[p] is rule]
-            self._segments.append(self._segment(rule, alike, device))
-
-    def _segment(self, rule: UpdateRule, params: list[Tensor], device: torch.device) -> _Segment:
-        parameter = next(rule.parameters(), None)
-        dtype = torch.float32 if parameter is None else parameter.dtype
-        sizes = [p.numel() for p in params]
-        if any(STATE in self.state[p] for p in params):
-            new = [rule.init_state(n, device=device, dtype=dtype) for n in sizes]
-            old = [self.state[p].get(STATE, s) for p, s in zip(params, new, strict=True)]
-            state = torch.cat([s.to(device, dtype) for s in old], 1)
-        else:
-            state = rule.init_state(sum(sizes), device=device, dtype=dtype)
-        views = list(torch.split(state, sizes, 1))
-        for p, view in zip(params, views, strict=True):
-            self.state[p][STATE] = view
-        return _Segment(rule, params, [0, *accumulate(sizes)], state, views)
+        ordered = (p for group in self.param_groups for p in group["params"])
+        self._segments = lay_out(self._segments, params, ordered, self.state, self._rule_of)
 
     def _rule_on(self, rule: UpdateRule, device: torch.device) -> UpdateRule:
         parameter = next(rule.parameters(), None)
@@ -343,17 +307,6 @@ class LearnedOptimizer(Optimizer):
         """What is copied and pickled: all but what can be made anew."""
         kept = {key: self.__dict__[key] for key in ("rule", "skip_nonfinite", "num_skipped", "fallback_lr")}
         return {**super().__getstate__(), **kept, "_copies": {}, "_segments": [], "_rules": {}}
-
-
-@dataclass(eq=False)
-class _Segment:
-    """Parameters whose states lie side by side in one tensor: a rule's that got their first gradient together."""
-
-    rule: UpdateRule
-    params: list[Tensor]
-    offsets: list[int]  # of each one's coordinates, and the number of all at the end
-    state: Tensor  # [rule.state_size, coordinates]
-    views: list[Tensor]  # each one's part of it, which is its rule_state
 
 
 def _check(p: Tensor) -> None:
