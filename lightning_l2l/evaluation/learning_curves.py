@@ -15,6 +15,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.seed import isolate_rng
 from matplotlib.figure import Figure
+from rich.table import Table
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
@@ -24,13 +25,21 @@ from lightning_l2l.evaluation.figures import learning_curves
 from lightning_l2l.evaluation.results import Result, write_comparison, write_curves, write_predictions, write_tasks
 from lightning_l2l.evaluation.rollout import Rollout, rollout
 from lightning_l2l.evaluation.tables import Budget, comparison_tables, print_table, summary_table
-from lightning_l2l.evaluation.tensorboard import curve_folder, write_curve, write_test
+from lightning_l2l.evaluation.tensorboard import (
+    command_line,
+    curve_folder,
+    figure_tag,
+    write_curve,
+    write_table,
+    write_test,
+)
 from lightning_l2l.runs.trainer import figure_due, gather, log_folder, shown, tensorboards, validation_batches, writes
 from lightning_l2l.tasks import Task
 
 #: Name of the rule in tables, log keys and files.
 LEARNED = "learned"
 MONITOR = "val/final_loss"
+BEST = "val/best_final_loss"
 
 
 class LearningCurves(Callback):
@@ -40,14 +49,16 @@ class LearningCurves(Callback):
     tuned once, at the first validation (as a rule the sanity check, before training), by the mean final loss
     over all validation tasks; a task's final loss is the mean over the module's last `final_steps` steps. Then:
 
-    * validation, in TensorBoard: the figure `val/learning_curves` against the number of *outer steps*, and a
-      run per optimizer under `curves/`, whose scalar `val/loss_by_inner_step` overlays in one chart; that of
-      the rule is always from the newest validation. Logs `val/<name>/final_loss` of the baselines.
-    * end of `fit`: a table with the best checkpoint's final loss, and the commands to type next. The run's
-      hyperparameters with that loss, in TensorBoard's HParams.
+    * validation, in TensorBoard, ahead of all else: a run per optimizer under `curves/`, whose scalar
+      `curves/val_loss_by_inner_step` overlays in one chart, that of the rule from the newest validation; beside
+      it the figure `curves/val_loss_with_quantiles` against the number of *outer steps*. In the tab TEXT the
+      table of final losses, and the command that made the run if it was one of `lightning_l2l`. Logs
+      `val/<name>/final_loss` of the baselines.
+    * end of `fit`: a table with the best checkpoint's final loss, and the commands to type next, on the console
+      and in the tab TEXT. The run's hyperparameters with that loss, `val/best_final_loss`, in HParams.
     * `test`: tables, `comparison.csv`, `tasks.csv`, `curves.csv` and `curves.png` in the log folder; logs
-      `test/<name>/final_loss`. The same in TensorBoard: the figure `test/learning_curves`, and a run per
-      optimizer under `curves/` with `test/loss_by_inner_step` and its figures as HParams.
+      `test/<name>/final_loss`. The same in TensorBoard: curves and figure as above, with `test` for `val`, the
+      tables in the tab TEXT, and the figures of each optimizer as HParams.
     * `predict`: `predictions.csv` in the log folder.
 
     It works with modules that have `task` and `num_steps` (and `final_steps`, else 1) and whose validation, test
@@ -100,6 +111,7 @@ class LearningCurves(Callback):
         """Close the event files."""
         for writer in self._learned_writers.values():
             writer.close()
+        self._learned_writers = {}
 
     # Validation
 
@@ -140,15 +152,18 @@ class LearningCurves(Callback):
         loggers = tensorboards(trainer)
         figure = self._draw("validation") if loggers and figure_due(trainer, self.every_n_epochs) else None
         for logger in loggers:
-            self._show(trainer, logger, figure)
+            self._show(logger, summary_table(self.results, None))
+            if figure is not None:
+                logger.experiment.add_figure(figure_tag("val"), figure, trainer.global_step)
 
-    def _show(self, trainer: Trainer, logger: TensorBoardLogger, figure: Figure | None) -> None:
+    def _show(self, logger: TensorBoardLogger, table: Table, test_command: str | None = None) -> None:
+        """The rule's curve and the text card; both take the place of the last ones."""
         folder = curve_folder(logger, LEARNED)
         if folder not in self._learned_writers:
             self._learned_writers[folder] = SummaryWriter(folder, purge_step=0)
         write_curve(self._learned_writers[folder], self.results[0], "val")
-        if figure is not None:
-            logger.experiment.add_figure("val/learning_curves", figure, trainer.global_step)
+        commands = {"Made by:": command_line(), "Compare on test tasks:": test_command}
+        write_table(self._learned_writers[folder], "val", table, commands)
 
     def _draw(self, stage: str) -> Figure:
         low, high = (f"{100 * q:g}" for q in self.quantiles)
@@ -164,13 +179,15 @@ class LearningCurves(Callback):
             trainer.progress_bar_callback.teardown(trainer, pl_module, "fit")
         checkpoint = _best_checkpoint(trainer)
         best = None if checkpoint is None else checkpoint.best_model_score
-        print_table(summary_table(self.results, None if best is None else float(best)))
-        if best is not None:
-            for logger in tensorboards(trainer):
-                logger.log_hyperparams(pl_module.hparams_initial, {"hp/final_loss": best})
+        table, test_command = summary_table(self.results, None if best is None else float(best)), None
+        print_table(table)
         if checkpoint is not None:
-            path = shlex.quote(shown(checkpoint.best_model_path))
-            print(f"Compare on test tasks:  {self.test_command_prefix} --ckpt_path {path}")
+            test_command = f"{self.test_command_prefix} --ckpt_path {shlex.quote(shown(checkpoint.best_model_path))}"
+            print(f"Compare on test tasks:  {test_command}")
+        for logger in tensorboards(trainer):
+            self._show(logger, table, test_command)
+            if best is not None:
+                logger.log_hyperparams(pl_module.hparams_initial, {BEST: best}, trainer.global_step)
         for logger in tensorboards(trainer)[:1]:
             print(f"Look at the curves:     tensorboard --logdir {shlex.quote(shown(logger.log_dir))}")
 
@@ -212,12 +229,13 @@ class LearningCurves(Callback):
             pl_module.log(f"test/{result.name}/final_loss", result.final_loss, sync_dist=True)
         folder = log_folder(trainer)
         if trainer.is_global_zero:
-            for table in comparison_tables(self.results, self._budget()):
+            tables = comparison_tables(self.results, self._budget())
+            for table in tables:
                 print_table(table)
             figure = self._draw("test")
             for logger in tensorboards(trainer):
-                logger.experiment.add_figure("test/learning_curves", figure, trainer.global_step)
-                write_test(logger, self.results)
+                logger.experiment.add_figure(figure_tag("test"), figure, trainer.global_step)
+                write_test(logger, self.results, tables)
             if writes(trainer):
                 write_comparison(folder / "comparison.csv", self.results)
                 write_tasks(folder / "tasks.csv", self.results)

@@ -1,9 +1,11 @@
-"""Tables on the console."""
+"""Tables on the console, and the same as Markdown."""
 
 from __future__ import annotations
 
+import html
 import math
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from rich.box import SIMPLE_HEAD
@@ -110,6 +112,26 @@ def _course_table(results: Sequence[Result]) -> Table:
 def print_table(table: Table) -> None:
     """Print to the standard output as it is now."""
     Console().print(table)
+
+
+def to_markdown(table: Table) -> str:
+    """A table with its title above and its caption below; text in it that means something in Markdown is escaped."""
+    header = [str(column.header) for column in table.columns]
+    rows = zip(*([str(cell) for cell in column.cells] for column in table.columns), strict=True)
+    ends = ["---:" if column.justify == "right" else "---" for column in table.columns]
+    lines = [_line(map(_escape, header)), _line(ends), *(_line(map(_escape, row)) for row in rows)]
+    parts = [f"**{_escape(str(table.title))}**", "\n".join(lines)]
+    if table.caption:
+        parts.append(_escape(str(table.caption)))
+    return "\n\n".join(parts)
+
+
+def _line(cells: Iterable[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def _escape(text: str) -> str:
+    return re.sub(r"([\\`*_\[\]#|])", r"\\\1", html.escape(text, quote=False))
 
 
 def _when(result: Result) -> str:

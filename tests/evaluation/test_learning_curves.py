@@ -1,21 +1,26 @@
 import csv
 import io
 import math
+import shlex
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from lightning.pytorch import Trainer
+from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from PIL import Image
+from tensorboard.backend.event_processing import plugin_event_accumulator
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.backend.event_processing.event_multiplexer import EventMultiplexer
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
-from lightning_l2l import CoordinatewiseLSTM, LearnedOptimizer, MetaOptimizer, Quadratic, QuadraticDataModule
+from commandline import TINY, TINY_FIT
+from lightning_l2l import CoordinatewiseLSTM, LearnedOptimizer, MetaOptimizer, Quadratic, QuadraticDataModule, main
 from lightning_l2l.evaluation.baselines import BASELINES, Baseline, tune
 from lightning_l2l.evaluation.figures import learning_curves
 from lightning_l2l.evaluation.learning_curves import LearningCurves
@@ -80,6 +85,23 @@ def events(folder):
     return EventAccumulator(str(folder), size_guidance={"images": 0, "scalars": 0}).Reload()
 
 
+def text(folder, name):
+    """The only card of a name, as TensorBoard itself reads it: unlike `events`, that voids texts as well."""
+    (event,) = plugin_event_accumulator.EventAccumulator(str(folder)).Reload().Tensors(f"{name}/text_summary")
+    return event.tensor_proto.string_val[0].decode()
+
+
+def cells(card):
+    """The rows of a table in Markdown by their first cell."""
+    found = [[cell.strip() for cell in line.strip("|").split("|")] for line in card.splitlines() if line[:1] == "|"]
+    return {row[0]: row for row in found[2:]}
+
+
+def typed(card, title):
+    """The words of the command below a title."""
+    return shlex.split(card.split(f"{title}\n\n")[1].split("\n\n")[0].replace("\\\n", ""))
+
+
 def read(path):
     with path.open(newline="") as file:
         return list(csv.DictReader(file))
@@ -128,7 +150,7 @@ def test_baselines_are_tuned_on_all_validation_tasks(fitted):
 def test_figure_is_logged_against_outer_steps(fitted):
     trainer, _, _, _ = fitted
     accumulator = events(trainer.log_dir)
-    images = accumulator.Images("val/learning_curves")
+    images = accumulator.Images("curves/val_loss_with_quantiles")
     assert [image.step for image in images] == [4, 8, 12]  # 2 episodes of 2 truncations an epoch
     assert trainer.global_step == 12
     pixels = np.asarray(Image.open(io.BytesIO(images[-1].encoded_image_string)).convert("RGB"))
@@ -140,13 +162,63 @@ def test_curves_overlay_and_the_rules_is_the_newest(fitted):
     trainer, module, curves, _ = fitted
     for result in curves.results:
         found = events(f"{trainer.log_dir}/curves/{result.name}")
-        assert found.Tags()["scalars"] == ["val/loss_by_inner_step"]
-        curve = found.Scalars("val/loss_by_inner_step")
+        assert found.Tags()["scalars"] == ["curves/val_loss_by_inner_step"]
+        curve = found.Scalars("curves/val_loss_by_inner_step")
         assert [event.step for event in curve] == list(range(NUM_STEPS + 1))
         assert [event.value for event in curve] == pytest.approx(result.mean.tolist())
     want = learned_losses(module, make_data().val_dataloader()).double()
     assert curves.results[0].name == "learned"
     torch.testing.assert_close(curves.results[0].losses, want)
+
+
+def test_curves_and_figure_are_the_first_two_cards(fitted):
+    trainer, _, _, _ = fitted
+    runs = EventMultiplexer().AddRunsFromDirectory(trainer.log_dir).Reload().Runs().values()
+    tags = {tag for run in runs for kind in ("scalars", "images") for tag in run[kind]}
+    assert {tag.split("/")[0] for tag in tags} >= {"curves", "train", "val"}
+    assert sorted(tags)[:2] == ["curves/val_loss_by_inner_step", "curves/val_loss_with_quantiles"]
+    assert not sorted(tags)[2].startswith("curves/")
+
+
+def test_table_is_there_while_training(tmp_path):
+    class Stopped(Exception):
+        """Ends a run where `on_fit_end` is not reached."""
+
+    class Stop(Callback):
+        def on_train_epoch_start(self, trainer, pl_module):
+            if trainer.current_epoch == 2:
+                raise Stopped
+
+    curves = LearningCurves(["sgd"])
+    trainer = make_trainer(tmp_path, curves, callbacks=[Stop()])
+    with pytest.raises(Stopped):
+        trainer.fit(make_module(), make_data())
+    card = text(f"{trainer.log_dir}/curves/learned", "results/val")
+    newest = [f"{result.final_loss:.4g}" for result in curves.results]
+    assert [row[2] for row in cells(card).values()] == newest and list(cells(card)) == ["learned", "sgd"]
+    assert "Compare" not in card  # which checkpoint is the best one is not known yet
+
+
+def test_a_run_of_the_command_line_in_tensorboard(tmp_path, monkeypatch):
+    def run(words):
+        assert words[:3] == ["python", "-m", "lightning_l2l"]
+        monkeypatch.setattr(sys, "argv", [str(tmp_path / "lightning_l2l" / "__main__.py"), *words[3:]])
+        main()
+
+    monkeypatch.chdir(tmp_path)
+    command = ["python", "-m", "lightning_l2l", "fit", *TINY_FIT, "--curves.baselines=[sgd]"]
+    run(command)
+    runs = EventMultiplexer().AddRunsFromDirectory("lightning_logs/version_0").Reload().Runs().values()
+    groups = sorted({tag.split("/")[0] for found in runs for tag in found["scalars"]})
+    assert groups[:2] == ["curves", "train"]  # those that TensorBoard unfolds
+    card = text("lightning_logs/version_0/curves/learned", "results/val")
+    assert typed(card, "Made by:") == command
+    again = [*typed(card, "Compare on test tasks:"), TINY[-1]]
+    assert "lightning_logs/version_0/checkpoints/best.ckpt" in again
+    run(again)
+    card = text("lightning_logs/version_1/curves/learned", "results/test")
+    assert typed(card, "Made by:") == again
+    assert list(cells(card)) == ["learned", "sgd"]
 
 
 def test_final_losses_are_logged(fitted):
@@ -186,6 +258,13 @@ def test_fit_ends_with_table_and_commands(tmp_path, capsys, monkeypatch):
     assert "diverged" not in output
     path = f"'a b/{'long' * 20}/best.ckpt'"
     assert f"go test --config a.yaml --ckpt_path {path}\n" in output
+    card = text("logs/version_0/curves/learned", "results/val")
+    shown = cells(card)
+    assert "**Final loss (after 6 steps), mean over 4 validation tasks**" in card
+    assert list(shown) == ["learned (best checkpoint)", *NAMES]
+    assert [row[1:] for row in shown.values()] == [table[name][-3:] for name in ("learned", *NAMES)]
+    assert f"    go test --config a.yaml --ckpt_path {path}" in card.splitlines()
+    assert "Made by" not in card  # not by a command of this package
     assert "tensorboard --logdir logs/version_0\n" in output
 
 
@@ -212,14 +291,14 @@ def test_with_and_without_sanity_check(tmp_path, capsys, sanity):
     output = capsys.readouterr().out
     assert output.count("Tuning the learning rates of sgd") == 1
     assert "--ckpt_path" not in output  # there is no checkpoint
-    assert len(events(trainer.log_dir).Images("val/learning_curves")) == 2
+    assert len(events(trainer.log_dir).Images("curves/val_loss_with_quantiles")) == 2
 
 
 def test_figures_every_n_epochs_and_at_the_end(tmp_path):
     curves = LearningCurves(baselines=["sgd"], every_n_epochs=2)
     trainer = make_trainer(tmp_path, curves, max_epochs=5)
     trainer.fit(make_module(), make_data())
-    images = events(trainer.log_dir).Images("val/learning_curves")
+    images = events(trainer.log_dir).Images("curves/val_loss_with_quantiles")
     assert [image.step for image in images] == [8, 16, 20]
 
 
@@ -232,8 +311,10 @@ def test_nothing_is_printed_without_validation(tmp_path, capsys):
 def test_other_ranks_print_and_write_nothing(fitted, capsys, monkeypatch):
     trainer, module, curves, _ = fitted
     monkeypatch.setattr(type(trainer), "is_global_zero", False)
+    before = {path: path.stat().st_size for path in Path(trainer.log_dir).rglob("*")}
     curves.on_fit_end(trainer, module)
     assert capsys.readouterr().out == ""
+    assert {path: path.stat().st_size for path in Path(trainer.log_dir).rglob("*")} == before
 
 
 @pytest.mark.parametrize("loggers", [0, 1, 2])
@@ -254,8 +335,8 @@ def test_validate_alone(tmp_path):
     (metrics,) = trainer.validate(module, make_data(), verbose=False)
     assert set(metrics) >= {f"val/{name}/final_loss" for name in NAMES}
     assert metrics["val/final_loss"] == pytest.approx(curves.results[0].final_loss)
-    assert [i.step for i in events(trainer.log_dir).Images("val/learning_curves")] == [0]
-    assert len(events(f"{trainer.log_dir}/curves/adam").Scalars("val/loss_by_inner_step")) == NUM_STEPS + 1
+    assert [i.step for i in events(trainer.log_dir).Images("curves/val_loss_with_quantiles")] == [0]
+    assert len(events(f"{trainer.log_dir}/curves/adam").Scalars("curves/val_loss_by_inner_step")) == NUM_STEPS + 1
 
 
 def test_limited_validation_compares_the_same_tasks(tmp_path):
@@ -288,7 +369,7 @@ def test_diverging_baseline(tmp_path, capsys):
     table = rows(capsys.readouterr().out)
     assert table["bad"][-3:] == ["inf", "inf", "50%"]  # the first task of both batches
     assert table["sgd"][-1] == table["learned"][-1] == "0%"
-    curve = events(f"{trainer.log_dir}/curves/bad").Scalars("val/loss_by_inner_step")
+    curve = events(f"{trainer.log_dir}/curves/bad").Scalars("curves/val_loss_by_inner_step")
     assert [math.isfinite(event.value) for event in curve] == [True] + NUM_STEPS * [False]
     trainer.test(trainer.lightning_module, make_data(), verbose=False)
     assert read(Path(trainer.log_dir) / "comparison.csv")[2]["final_loss"] == "inf"
@@ -361,14 +442,23 @@ def test_test_prints_and_writes_the_comparison(tmp_path, capsys, monkeypatch):
         assert image.size == (960, 630)
 
 
-def test_tensorboard_shows_the_comparison_with_hparams(tmp_path):
+def test_tensorboard_shows_the_comparison_with_hparams(tmp_path, capsys):
     curves = LearningCurves(["adam", DIVERGING])
     trainer = make_trainer(tmp_path, curves)
     trainer.test(make_module(), make_data(), verbose=False)
-    assert len(events(trainer.log_dir).Images("test/learning_curves")) == 1
+    runs = EventMultiplexer().AddRunsFromDirectory(trainer.log_dir).Reload().Runs().values()
+    tags = sorted({tag for run in runs for kind in ("scalars", "images") for tag in run[kind]})
+    assert tags[:2] == ["curves/test_loss_by_inner_step", "curves/test_loss_with_quantiles"]
+    assert "test/final_loss" in tags
+    cards = [text(f"{trainer.log_dir}/curves/learned", f"results/{name}") for name in ("test", "test_course")]
+    assert "**Final loss (after 6 steps) on 5 test tasks**" in cards[0] and "budget: adam" in cards[0]
+    assert "**Course of the 6 steps, means over 5 test tasks**" in cards[1] and "Made by" not in "".join(cards)
+    assert [list(cells(card).values()) for card in cards] == [list(t.values()) for t in tables(capsys.readouterr().out)]
+    assert len(events(trainer.log_dir).Images("curves/test_loss_with_quantiles")) == 1
     for result in curves.results:
+        assert len(list(Path(trainer.log_dir, "curves", result.name).iterdir())) == 1  # a second could void the first
         found = events(f"{trainer.log_dir}/curves/{result.name}")
-        curve = found.Scalars("test/loss_by_inner_step")
+        curve = found.Scalars("curves/test_loss_by_inner_step")
         assert [event.value for event in curve] == pytest.approx(result.mean.tolist())
         assert found.Scalars("test/final_loss")[0].value == pytest.approx(result.final_loss)
         content = found.summary_metadata["_hparams_/session_start_info"].plugin_data.content
@@ -380,7 +470,7 @@ def test_tensorboard_shows_the_comparison_with_hparams(tmp_path):
 def test_fit_ends_with_hparams(fitted):
     trainer, module, _, checkpoint = fitted
     found = events(trainer.log_dir)
-    assert found.Scalars("hp/final_loss")[0].value == pytest.approx(float(checkpoint.best_model_score))
+    assert found.Scalars("val/best_final_loss")[0].value == pytest.approx(float(checkpoint.best_model_score))
     content = found.summary_metadata["_hparams_/session_start_info"].plugin_data.content
     assert HParamsPluginData.FromString(content).session_start_info.hparams["lr"].number_value == module.lr
 
@@ -462,8 +552,11 @@ def test_two_processes_do_what_one_does(tmp_path):
         files = {name: read(logs / name) for name in ("comparison.csv", "curves.csv", "predictions.csv")}
         curves = {}
         for name in ("adam", "learned"):
-            scalars = events(logs / "curves" / name).Scalars("val/loss_by_inner_step")
+            scalars = events(logs / "curves" / name).Scalars("curves/test_loss_by_inner_step")
             curves[name] = [(event.step, event.value) for event in scalars]
+            assert len(curves[name]) == NUM_STEPS + 1
+        cards = [text(logs / "curves" / "learned", f"results/{name}") for name in ("test", "test_course")]
+        assert [card.count("| adam |") for card in cards] == [1, 1]
         found.append((files, curves))
     (files, curves), (other_files, other_curves) = found
     assert {n: len(f) for n, f in other_files.items()} == {n: len(f) for n, f in files.items()}
