@@ -1,21 +1,26 @@
 """Training a neural network, any ``nn.Module``, on minibatches."""
 
 import copy
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.modules.conv import _ConvNd
-from torch.nn.modules.dropout import _DropoutNd
 from torch.nn.parameter import is_lazy
 
 from lightning_l2l.arguments import brief, check_callable, check_flag, check_type, is_number
 from lightning_l2l.tasks.base import Task, mix_seed
 from lightning_l2l.tasks.batches import check_fit, check_minibatches, get_entries
+from lightning_l2l.tasks.modules import (
+    check_reset,
+    has_convolutions,
+    has_random_layers,
+    reset_parameters,
+    takes_vmap,
+    tensor_slots,
+)
+from lightning_l2l.tasks.seeding import global_rng, seeded
 
 _UNSEEN_STREAM = 1 << 32  # of random numbers; those below are the start's, 0, and the steps', 1 + step
 _LABELS = (torch.int64, torch.int32, torch.int16, torch.int8)  # uint8 labels have become int64
@@ -88,7 +93,7 @@ class NetworkTask(Task):
         self._of_targets = "inputs" if reconstruct else "targets"  # entry of a batch
 
         # A private copy. Its own values do not matter: it runs with the optimizee's tensors in their place.
-        with _global_rng(torch.Generator()), torch.device("cpu"):
+        with global_rng(torch.Generator()), torch.device("cpu"):
             built = module if isinstance(module, nn.Module) else module()
             check_type(nn.Module, "an nn.Module, or a function without arguments that builds one", module=built)
             template = copy.deepcopy(built).cpu().train()
@@ -99,13 +104,13 @@ class NetworkTask(Task):
                 problem = "uninitialised (lazy) parameters" if self._names else "no parameters to train"
                 raise ValueError(f"{type(template).__name__} has {problem}; give a network ready for training")
             if isinstance(module, nn.Module) and init_scale is None:
-                _check_reset(template)  # also resets the buffers, so that copies start with fresh statistics
+                check_reset(template)  # also resets the buffers, so that copies start with fresh statistics
         self._template = template
         self._buffers = frozen | {name: buffer.clone() for name, buffer in template.named_buffers()}
-        self._slots = _tensor_slots(template, [*self._names, *self._buffers])
-        self._random = _has_random_layers(template) if stochastic is None else stochastic
-        self._one_by_one = not _takes_vmap(template)
-        self._has_convolutions = any(isinstance(layer, _ConvNd) for layer in template.modules())
+        self._slots = tensor_slots(template, [*self._names, *self._buffers])
+        self._random = has_random_layers(template) if stochastic is None else stochastic
+        self._one_by_one = not takes_vmap(template)
+        self._has_convolutions = has_convolutions(template)
 
     def init_params(self, num_tasks: int, generator: torch.Generator) -> dict[str, Tensor]:
         """Draw the parameters ``[num_tasks, ...]``, one copy after the other.
@@ -236,7 +241,7 @@ class NetworkTask(Task):
                 "the network draws random numbers (dropout, for one) and the batch has no 'seed' [num_tasks] to "
                 "draw them from; add it to the data, or remove the random layers"
             )
-        return _seeded(device, mix_seed(int(batch["seed"][0]), stream))
+        return seeded(device, mix_seed(int(batch["seed"][0]), stream))
 
     def _copy_loss(self, tensors: Sequence[Tensor], inputs: Tensor, targets: Tensor) -> Tensor:
         loss: Tensor = self.loss_fn(self._forward(tensors, inputs), targets)
@@ -272,9 +277,9 @@ class NetworkTask(Task):
             for value in start.values():
                 value.normal_(0, self.init_scale, generator=generator)
             return start
-        with _global_rng(generator), torch.device("cpu"):
+        with global_rng(generator), torch.device("cpu"):
             if isinstance(self.module, nn.Module):
-                _reset_parameters(self._template)
+                reset_parameters(self._template)
                 named = dict(self._template.named_parameters())
             else:
                 named = dict(self.module().named_parameters())
@@ -289,94 +294,3 @@ def _copies(tensors: Sequence[Tensor], *data: Tensor) -> Iterator[tuple[Any, ...
 def _match(tensor: Tensor, like: Tensor) -> Tensor:
     """Move to the device of ``like`` and, where it is floating-point, to its dtype."""
     return tensor.to(like.device, like.dtype if tensor.is_floating_point() else None)
-
-
-def _tensor_slots(module: nn.Module, names: Sequence[str]) -> list[tuple[dict[str, Any], str, int]]:
-    """Every place where the module keeps a parameter or buffer: (dictionary, key, index into names).
-
-    A tied parameter has several places and one name.
-    """
-    tensors = dict(module.named_parameters()) | dict(module.named_buffers())
-    index = {id(tensors[name]): number for number, name in enumerate(names)}
-    owners: list[dict[str, Any]] = []
-    for submodule in module.modules():
-        owners += [submodule._parameters, submodule._buffers]
-    return [(owner, key, index[id(value)]) for owner in owners for key, value in owner.items() if value is not None]
-
-
-def _reset_parameters(module: nn.Module) -> None:
-    """Run the initialisers of the module and all below it, in the order of their construction."""
-    for child in module.children():
-        _reset_parameters(child)
-    parameters = list(module.parameters())
-    if parameters and not any(parameter.requires_grad for parameter in parameters):
-        return  # frozen, hence kept with its statistics
-    reset = getattr(module, "reset_parameters", None) or getattr(module, "_reset_parameters", None)
-    if reset is not None:
-        reset()
-
-
-def _check_reset(module: nn.Module) -> None:
-    """Reset a module, and refuse it where a parameter depends on what was there before."""
-    trained = {name: value for name, value in module.named_parameters() if value.requires_grad}
-    with torch.no_grad():
-        for value in trained.values():
-            value.fill_(math.nan)
-    _reset_parameters(module)
-    for name, value in module.named_parameters():
-        if name in trained and bool(value.isnan().any()):
-            path, _, _ = name.rpartition(".")
-            owner = module.get_submodule(path)
-            raise ValueError(
-                f"parameter {name!r} of {type(owner).__name__} cannot be initialised anew: no "
-                "reset_parameters sets it; give init_scale=..., or pass a callable that builds the module"
-            )
-
-
-def _has_random_layers(module: nn.Module) -> bool:
-    for layer in module.modules():
-        if isinstance(layer, _DropoutNd) and layer.p > 0:
-            return True
-        if isinstance(layer, nn.MultiheadAttention | nn.RNNBase) and layer.dropout > 0:
-            return True
-        if isinstance(layer, nn.RReLU | nn.FractionalMaxPool2d | nn.FractionalMaxPool3d):
-            return True
-    return False
-
-
-def _takes_vmap(module: nn.Module) -> bool:
-    for layer in module.modules():
-        if isinstance(layer, nn.RNNBase):
-            return False  # vmap has no rule for their kernels
-        if isinstance(layer, _BatchNorm) and layer.momentum is None and layer.track_running_stats:
-            return False  # a cumulative average: forward reads the number of batches as a Python number
-    return True
-
-
-@contextmanager
-def _seeded(device: torch.device, seed: int) -> Iterator[None]:
-    """Seed the RNGs that a forward pass on ``device`` draws from; put them back as they were afterwards."""
-    if device.type == "cpu":
-        with _global_rng(torch.Generator().manual_seed(seed)):
-            yield
-        return
-    with torch.random.fork_rng([device], device_type=device.type):
-        torch.default_generator.manual_seed(seed)
-        if device.type == "cuda":
-            # not cuda.manual_seed, which means whichever device is the current one
-            torch.cuda.default_generators[device.index].manual_seed(seed)
-        else:
-            torch.get_device_module(device).manual_seed(seed)
-        yield
-
-
-@contextmanager
-def _global_rng(generator: torch.Generator) -> Iterator[None]:
-    """Let ``generator`` take the place of the global CPU generator, under which initialisers draw."""
-    outer = torch.get_rng_state()
-    torch.set_rng_state(generator.get_state())
-    try:
-        yield
-    finally:
-        generator.set_state(torch.get_rng_state())
-        torch.set_rng_state(outer)

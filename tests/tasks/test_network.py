@@ -376,18 +376,6 @@ def test_functional_randomness_is_refused_until_declared():
     assert torch.equal(task.loss(params, batch, 0), task.loss(params, batch, 0))
 
 
-@pytest.mark.parametrize(
-    ("layer", "random"),
-    [
-        (nn.Dropout(0.0), False), (nn.Dropout2d(0.1), True), (nn.RReLU(), True), (nn.ReLU(), False),
-        (nn.LSTM(4, 4, 2, dropout=0.1), True), (nn.LSTM(4, 4), False),
-        (nn.MultiheadAttention(4, 2, 0.1), True),
-    ],
-)  # fmt: skip
-def test_random_layers_are_found(layer, random):
-    assert NetworkTask(nn.Sequential(nn.Linear(4, 4), layer))._random is random
-
-
 @pytest.mark.parametrize("build", [lambda: MLP(4, 5, 2, 3), Recurrent, lambda: nn.MultiheadAttention(4, 2)])
 @pytest.mark.parametrize("as_callable", [True, False])
 def test_a_start_is_what_the_constructor_gives_under_the_seed(build, as_callable):
