@@ -7,6 +7,7 @@ from lightning_l2l.data.generated import GeneratedDataModule
 from lightning_l2l.data.images import ImageDataModule
 from lightning_l2l.data.mixture import MixtureDataModule
 from lightning_l2l.data.mnist import MNISTDataModule
+from lightning_l2l.data.pools import PoolDataModule
 from lightning_l2l.data.quadratic import QuadraticDataModule
 from lightning_l2l.data.sequences import SequenceDataModule
 from lightning_l2l.tasks.minibatches import Minibatches, Pool
@@ -20,6 +21,7 @@ __all__ = [
     "Minibatches",
     "MixtureDataModule",
     "Pool",
+    "PoolDataModule",
     "QuadraticDataModule",
     "SequenceDataModule",
     "write_digits",

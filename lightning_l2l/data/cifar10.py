@@ -12,6 +12,7 @@ from lightning_l2l.arguments import brief, check_type
 from lightning_l2l.data import cifar10_files as files
 from lightning_l2l.data.episodes import Sample, Stage
 from lightning_l2l.data.images import ImageDataModule
+from lightning_l2l.data.options import ImageOptions, Unpack
 from lightning_l2l.tasks.minibatches import Minibatches, Pool
 
 _ALL = tuple(range(len(files.CLASSES)))
@@ -45,23 +46,11 @@ class CIFAR10DataModule(ImageDataModule):
 
     Args:
         root: Folder of the data sets.
-        num_tasks: Number of tasks side by side in a training batch of each process.
-        seed: Seed of all tasks, 0 or more.
-        batch_size: Number of images in a minibatch of the optimizee.
-        num_steps: Number of *inner steps* of an episode. Default: the `num_steps` of the module being
-            trained.
-        episodes_per_epoch: Number of training batches in an epoch.
-        num_val_tasks: Number of validation tasks, over all processes.
-        num_test_tasks: Number of test tasks, over all processes.
-        eval_tasks: Number of tasks side by side in a validation or test batch of each process. Default:
-            `num_tasks`.
-        num_workers: Number of worker processes that draw the minibatches.
-        download: Whether the archive is downloaded and unpacked, by `prepare_data`, if there are no images.
-        num_unseen: Number of images that each validation or test task sets aside; 0 for none.
         classes: Labels, 0 to 9, or names of the classes that validation and test tasks have, at least 2, such as
             `[0, 1, 2, 3, 4]` or `["cat", "dog"]`. Targets are numbered from 0 in this order. Default: all ten.
         train_classes: Those that training tasks draw from, at least as many. If they are more than `classes`, every
             training task draws as many as those at random, and numbers them in the order drawn. Default: `classes`.
+        **options: See `ImageDataModule`, `PoolDataModule` and `EpisodeDataModule`.
 
     Raises:
         ValueError: If a size is not a positive integer, `seed`, `num_workers` or `num_unseen` is negative, or
@@ -75,34 +64,12 @@ class CIFAR10DataModule(ImageDataModule):
     def __init__(
         self,
         root: str | Path = "data",
-        num_tasks: int = 1,
-        seed: int = 0,
-        batch_size: int = 128,
-        num_steps: int | None = None,
-        episodes_per_epoch: int = 100,
-        num_val_tasks: int = 10,
-        num_test_tasks: int = 10,
-        eval_tasks: int | None = None,
-        num_workers: int = 0,
-        download: bool = True,
-        num_unseen: int = 1000,
+        *,
         classes: Sequence[int | str] | None = None,
         train_classes: Sequence[int | str] | None = None,
+        **options: Unpack[ImageOptions],
     ) -> None:
-        super().__init__(
-            root=root,
-            num_tasks=num_tasks,
-            seed=seed,
-            batch_size=batch_size,
-            num_steps=num_steps,
-            episodes_per_epoch=episodes_per_epoch,
-            num_val_tasks=num_val_tasks,
-            num_test_tasks=num_test_tasks,
-            eval_tasks=eval_tasks,
-            num_workers=num_workers,
-            download=download,
-            num_unseen=num_unseen,
-        )
+        super().__init__(root, **options)
         self.classes = _labels_of(classes=classes) or _ALL
         self.train_classes = _labels_of(train_classes=train_classes) or self.classes
         if len(self.train_classes) < len(self.classes):

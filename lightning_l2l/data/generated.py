@@ -6,6 +6,7 @@ import torch
 
 from lightning_l2l.arguments import check_type
 from lightning_l2l.data.episodes import EpisodeDataModule, Sample, Stage
+from lightning_l2l.data.options import EpisodeOptions, Unpack
 
 # The package imports `data` first; what `tasks` needs of it is imported above.
 from lightning_l2l.tasks.base import GeneratedTask
@@ -21,14 +22,7 @@ class GeneratedDataModule(EpisodeDataModule):
     Args:
         task: Of which the data is, such as `Rosenbrock()`. Default: that of the module being trained.
         num_tasks: Number of tasks side by side in a training batch of each process.
-        seed: Seed of all tasks, 0 or more.
-        num_steps: Number of *inner steps* of an episode; the data does not depend on it.
-        episodes_per_epoch: Number of training batches in an epoch.
-        num_val_tasks: Number of validation tasks, over all processes.
-        num_test_tasks: Number of test tasks, over all processes.
-        eval_tasks: Number of tasks side by side in a validation or test batch of each process. Default:
-            `num_tasks`.
-        num_workers: Number of worker processes.
+        **options: See `EpisodeDataModule`.
 
     Raises:
         ValueError: If a size is not a positive integer, or `seed` or `num_workers` is negative.
@@ -47,24 +41,9 @@ class GeneratedDataModule(EpisodeDataModule):
         self,
         task: GeneratedTask | None = None,
         num_tasks: int = 128,
-        seed: int = 0,
-        num_steps: int | None = None,
-        episodes_per_epoch: int = 100,
-        num_val_tasks: int = 128,
-        num_test_tasks: int = 128,
-        eval_tasks: int | None = None,
-        num_workers: int = 0,
+        **options: Unpack[EpisodeOptions],
     ) -> None:
-        super().__init__(
-            num_tasks=num_tasks,
-            seed=seed,
-            num_steps=num_steps,
-            episodes_per_epoch=episodes_per_epoch,
-            num_val_tasks=num_val_tasks,
-            num_test_tasks=num_test_tasks,
-            eval_tasks=eval_tasks,
-            num_workers=num_workers,
-        )
+        super().__init__(num_tasks, **options)
         example = "a task whose data is drawn, such as Rosenbrock()"
         check_type((GeneratedTask, type(None)), f"{example}, or None for that of the trained module", task=task)
         self.task = task

@@ -11,6 +11,7 @@ import torch
 
 from lightning_l2l.arguments import brief, check_type, is_number
 from lightning_l2l.data.episodes import EpisodeDataModule, Sample, Stage, task_seed
+from lightning_l2l.data.options import EpisodeOptions, Unpack
 
 # The package imports `data` first; what `tasks` needs of it is imported above.
 from lightning_l2l.tasks.transforms import Mixture, made_of
@@ -31,15 +32,8 @@ class MixtureDataModule(EpisodeDataModule):
             module being trained takes the one at its place.
         weights: How often the members are drawn in training, in proportion; positive. Default: all alike.
         num_tasks: Number of tasks side by side in a training batch of each process.
-        seed: Seed of all tasks and of the choice of members, 0 or more.
-        num_steps: Number of *inner steps* of an episode. Default: the `num_steps` of the module being
-            trained.
-        episodes_per_epoch: Number of training batches in an epoch.
-        num_val_tasks: Number of validation tasks, over all processes.
-        num_test_tasks: Number of test tasks, over all processes.
-        eval_tasks: Number of tasks side by side in a validation or test batch of each process; all of them are of one
-            member, so that there must be as many batches as members. Default: `num_tasks`.
-        num_workers: Number of worker processes that load data; 0 loads it in the process that trains.
+        **options: See `EpisodeDataModule`. `seed` is also that of the choice of members. All `eval_tasks` of a
+            validation or test batch are of one member, so that there must be as many batches as members.
 
     Raises:
         ValueError: If a size is not a positive integer, `seed` or `num_workers` is negative, there are no members, or
@@ -52,24 +46,9 @@ class MixtureDataModule(EpisodeDataModule):
         members: Sequence[EpisodeDataModule],
         weights: Sequence[float] | None = None,
         num_tasks: int = 32,
-        seed: int = 0,
-        num_steps: int | None = None,
-        episodes_per_epoch: int = 100,
-        num_val_tasks: int = 128,
-        num_test_tasks: int = 128,
-        eval_tasks: int | None = None,
-        num_workers: int = 0,
+        **options: Unpack[EpisodeOptions],
     ) -> None:
-        super().__init__(
-            num_tasks=num_tasks,
-            seed=seed,
-            num_steps=num_steps,
-            episodes_per_epoch=episodes_per_epoch,
-            num_val_tasks=num_val_tasks,
-            num_test_tasks=num_test_tasks,
-            eval_tasks=eval_tasks,
-            num_workers=num_workers,
-        )
+        super().__init__(num_tasks, **options)
         check_type((list, tuple), "a list of data modules, such as [QuadraticDataModule()]", members=members)
         if not members:
             raise ValueError(f"members={brief(members)} are none; give a data module for each task of the Mixture")

@@ -31,54 +31,12 @@ class MNISTDataModule(ImageDataModule):
 
     Args:
         root: Folder of the data sets; the files are in `<root>/MNIST/raw`, packed or unpacked.
-        num_tasks: Number of tasks side by side in a training batch of each process.
-        seed: Seed of all tasks, 0 or more.
-        batch_size: Number of images in a minibatch of the optimizee.
-        num_steps: Number of *inner steps* of an episode. Default: the `num_steps` of the module being
-            trained.
-        episodes_per_epoch: Number of training batches in an epoch.
-        num_val_tasks: Number of validation tasks, over all processes.
-        num_test_tasks: Number of test tasks, over all processes.
-        eval_tasks: Number of tasks side by side in a validation or test batch of each process. Default:
-            `num_tasks`.
-        num_workers: Number of worker processes that draw the minibatches.
-        download: Whether files that are missing are downloaded, by `prepare_data`.
-        num_unseen: Number of images that each validation or test task sets aside; 0 for none.
+        **options: See `ImageDataModule`, `PoolDataModule` and `EpisodeDataModule`.
 
     Raises:
         ValueError: If a size is not a positive integer, or `seed`, `num_workers` or `num_unseen` is
             negative.
     """
-
-    def __init__(
-        self,
-        root: str | Path = "data",
-        num_tasks: int = 1,
-        seed: int = 0,
-        batch_size: int = 128,
-        num_steps: int | None = None,
-        episodes_per_epoch: int = 100,
-        num_val_tasks: int = 10,
-        num_test_tasks: int = 10,
-        eval_tasks: int | None = None,
-        num_workers: int = 0,
-        download: bool = True,
-        num_unseen: int = 1000,
-    ) -> None:
-        super().__init__(
-            root=root,
-            num_tasks=num_tasks,
-            seed=seed,
-            batch_size=batch_size,
-            num_steps=num_steps,
-            episodes_per_epoch=episodes_per_epoch,
-            num_val_tasks=num_val_tasks,
-            num_test_tasks=num_test_tasks,
-            eval_tasks=eval_tasks,
-            num_workers=num_workers,
-            download=download,
-            num_unseen=num_unseen,
-        )
 
     def prepare_data(self) -> None:
         """Downloads the files that are missing; runs on one process of each machine.

@@ -5,6 +5,7 @@ from torch import Tensor
 
 from lightning_l2l.arguments import check_at_least, check_fits_memory
 from lightning_l2l.data.episodes import EpisodeDataModule, Sample, Stage
+from lightning_l2l.data.options import CommonOptions, Unpack
 
 _MOST_TOKENS = 256  # that a byte can tell apart
 _MOST_LENGTH = 10_000
@@ -26,20 +27,14 @@ class SequenceDataModule(EpisodeDataModule):
 
     Args:
         num_tasks: Number of tasks side by side in a training batch of each process.
-        seed: Seed of all tasks, 0 or more.
         vocab_size: Number of different tokens, from 2 to 256.
         sequence_length: Tokens of a sequence, from 1 to 10,000.
         order: Number of tokens on which the next one depends, at least 1. From 2 on a network must look back.
         batch_size: Number of sequences in a minibatch of the optimizee.
-        num_steps: Number of *inner steps* of an episode. Default: the `num_steps` of the module being
-            trained.
-        episodes_per_epoch: Number of training batches in an epoch.
         num_val_tasks: Number of validation tasks, over all processes.
         num_test_tasks: Number of test tasks, over all processes.
-        eval_tasks: Number of tasks side by side in a validation or test batch of each process. Default:
-            `num_tasks`.
-        num_workers: Number of worker processes that draw the sequences.
         num_unseen: Number of sequences that each validation or test task sets aside; 0 for none.
+        **options: See `EpisodeDataModule`.
 
     Raises:
         ValueError: If a size is out of range or needs more memory than there is, or `seed`, `num_workers` or
@@ -57,29 +52,17 @@ class SequenceDataModule(EpisodeDataModule):
     def __init__(
         self,
         num_tasks: int = 8,
-        seed: int = 0,
+        *,
         vocab_size: int = 16,
         sequence_length: int = 16,
         order: int = 1,
         batch_size: int = 16,
-        num_steps: int | None = None,
-        episodes_per_epoch: int = 100,
         num_val_tasks: int = 32,
         num_test_tasks: int = 32,
-        eval_tasks: int | None = None,
-        num_workers: int = 0,
         num_unseen: int = 64,
+        **options: Unpack[CommonOptions],
     ) -> None:
-        super().__init__(
-            num_tasks=num_tasks,
-            seed=seed,
-            num_steps=num_steps,
-            episodes_per_epoch=episodes_per_epoch,
-            num_val_tasks=num_val_tasks,
-            num_test_tasks=num_test_tasks,
-            eval_tasks=eval_tasks,
-            num_workers=num_workers,
-        )
+        super().__init__(num_tasks, num_val_tasks=num_val_tasks, num_test_tasks=num_test_tasks, **options)
         check_at_least(2, _MOST_TOKENS, vocab_size=vocab_size)
         check_at_least(1, _MOST_LENGTH, sequence_length=sequence_length)
         check_at_least(1, 64, order=order)
