@@ -162,8 +162,8 @@ class LearningCurves(Callback):
         if folder not in self._learned_writers:
             self._learned_writers[folder] = SummaryWriter(folder, purge_step=0)
         write_curve(self._learned_writers[folder], self.results[0], "val")
-        commands = {"Made by:": command_line(), "Compare on test tasks:": test_command}
-        write_table(self._learned_writers[folder], "val", table, commands)
+        commands = {"Compare on test tasks:": test_command, "Made by:": command_line()}
+        write_table(self._learned_writers[folder], "val_final_loss", table, commands)
 
     def _draw(self, stage: str) -> Figure:
         low, high = (f"{100 * q:g}" for q in self.quantiles)

@@ -111,5 +111,5 @@ def write_test(logger: TensorBoardLogger, results: Sequence[Result], tables: Seq
             for name, value in figures.items():
                 writer.add_scalar(name, value, 0)
             if result is results[0]:
-                write_table(writer, "test", tables[0], {"Made by:": command_line()})
-                write_table(writer, "test_course", tables[1], {})
+                write_table(writer, "test_final_loss", tables[0], {"Made by:": command_line()})
+                write_table(writer, "test_steps", tables[1], {})

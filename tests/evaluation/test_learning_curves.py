@@ -193,7 +193,7 @@ def test_table_is_there_while_training(tmp_path):
     trainer = make_trainer(tmp_path, curves, callbacks=[Stop()])
     with pytest.raises(Stopped):
         trainer.fit(make_module(), make_data())
-    card = text(f"{trainer.log_dir}/curves/learned", "results/val")
+    card = text(f"{trainer.log_dir}/curves/learned", "results/val_final_loss")
     newest = [f"{result.final_loss:.4g}" for result in curves.results]
     assert [row[2] for row in cells(card).values()] == newest and list(cells(card)) == ["learned", "sgd"]
     assert "Compare" not in card  # which checkpoint is the best one is not known yet
@@ -211,12 +211,12 @@ def test_a_run_of_the_command_line_in_tensorboard(tmp_path, monkeypatch):
     runs = EventMultiplexer().AddRunsFromDirectory("lightning_logs/version_0").Reload().Runs().values()
     groups = sorted({tag.split("/")[0] for found in runs for tag in found["scalars"]})
     assert groups[:2] == ["curves", "train"]  # those that TensorBoard unfolds
-    card = text("lightning_logs/version_0/curves/learned", "results/val")
+    card = text("lightning_logs/version_0/curves/learned", "results/val_final_loss")
     assert typed(card, "Made by:") == command
     again = [*typed(card, "Compare on test tasks:"), TINY[-1]]
     assert "lightning_logs/version_0/checkpoints/best.ckpt" in again
     run(again)
-    card = text("lightning_logs/version_1/curves/learned", "results/test")
+    card = text("lightning_logs/version_1/curves/learned", "results/test_final_loss")
     assert typed(card, "Made by:") == again
     assert list(cells(card)) == ["learned", "sgd"]
 
@@ -258,7 +258,7 @@ def test_fit_ends_with_table_and_commands(tmp_path, capsys, monkeypatch):
     assert "diverged" not in output
     path = f"'a b/{'long' * 20}/best.ckpt'"
     assert f"go test --config a.yaml --ckpt_path {path}\n" in output
-    card = text("logs/version_0/curves/learned", "results/val")
+    card = text("logs/version_0/curves/learned", "results/val_final_loss")
     shown = cells(card)
     assert "**Final loss (after 6 steps), mean over 4 validation tasks**" in card
     assert list(shown) == ["learned (best checkpoint)", *NAMES]
@@ -450,7 +450,7 @@ def test_tensorboard_shows_the_comparison_with_hparams(tmp_path, capsys):
     tags = sorted({tag for run in runs for kind in ("scalars", "images") for tag in run[kind]})
     assert tags[:2] == ["curves/test_loss_by_inner_step", "curves/test_loss_with_quantiles"]
     assert "test/final_loss" in tags
-    cards = [text(f"{trainer.log_dir}/curves/learned", f"results/{name}") for name in ("test", "test_course")]
+    cards = [text(f"{trainer.log_dir}/curves/learned", f"results/{name}") for name in ("test_final_loss", "test_steps")]
     assert "**Final loss (after 6 steps) on 5 test tasks**" in cards[0] and "budget: adam" in cards[0]
     assert "**Course of the 6 steps, means over 5 test tasks**" in cards[1] and "Made by" not in "".join(cards)
     assert [list(cells(card).values()) for card in cards] == [list(t.values()) for t in tables(capsys.readouterr().out)]
@@ -555,7 +555,7 @@ def test_two_processes_do_what_one_does(tmp_path):
             scalars = events(logs / "curves" / name).Scalars("curves/test_loss_by_inner_step")
             curves[name] = [(event.step, event.value) for event in scalars]
             assert len(curves[name]) == NUM_STEPS + 1
-        cards = [text(logs / "curves" / "learned", f"results/{name}") for name in ("test", "test_course")]
+        cards = [text(logs / "curves" / "learned", f"results/{name}") for name in ("test_final_loss", "test_steps")]
         assert [card.count("| adam |") for card in cards] == [1, 1]
         found.append((files, curves))
     (files, curves), (other_files, other_curves) = found
