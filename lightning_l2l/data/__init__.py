@@ -1,6 +1,7 @@
 """The data of the tasks: one batch holds everything that one episode of `num_tasks` tasks needs."""
 
 from lightning_l2l.data.cifar10 import CIFAR10DataModule
+from lightning_l2l.data.dataset import DatasetDataModule
 from lightning_l2l.data.digits import write_digits
 from lightning_l2l.data.episodes import EpisodeDataModule
 from lightning_l2l.data.generated import GeneratedDataModule
@@ -14,6 +15,7 @@ from lightning_l2l.tasks.minibatches import Minibatches, Pool
 
 __all__ = [
     "CIFAR10DataModule",
+    "DatasetDataModule",
     "EpisodeDataModule",
     "GeneratedDataModule",
     "ImageDataModule",

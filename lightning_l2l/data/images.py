@@ -67,7 +67,7 @@ class ImageDataModule(PoolDataModule):
             ValueError: If one is damaged.
         """
 
-    def source(self) -> str:
+    def source(self, stage: Stage) -> str:
         """The folder of the images."""
         return str(self.folder())
 

@@ -59,8 +59,8 @@ class PoolDataModule(EpisodeDataModule):
         self._pools: dict[Stage, tuple[Pool, Pool]] = {}  # inputs [n, ...] and targets [n, ...] of each stage
 
     @abstractmethod
-    def source(self) -> str:
-        """What has the examples, for messages."""
+    def source(self, stage: Stage) -> str:
+        """What has the examples of a stage, for messages."""
 
     @abstractmethod
     def read_stages(self) -> dict[Stage, tuple[Tensor, Tensor]]:
@@ -139,6 +139,6 @@ class PoolDataModule(EpisodeDataModule):
             spare = available - self.batch_size
             remedy = f"use num_unseen={spare} or fewer" if spare >= 0 else f"{remedy}, and num_unseen=0"
         raise ValueError(
-            f"{sizes} {self.batch_size + num_unseen} {stage} {self.kind}{of}, but {self.source()} has "
+            f"{sizes} {self.batch_size + num_unseen} {stage} {self.kind}{of}, but {self.source(stage)} has "
             f"{available}; {remedy}"
         )
