@@ -7,7 +7,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from lightning_l2l.commands.cli import main
+    from lightning_l2l.commands.main import main
     from lightning_l2l.data import (
         CIFAR10DataModule,
         EpisodeDataModule,
@@ -49,7 +49,7 @@ __version__ = "0.1.0"
 
 #: Where the public names are, by module.
 _HOMES = {
-    "commands.cli": ("main",),
+    "commands.main": ("main",),
     "data": (
         "CIFAR10DataModule",
         "EpisodeDataModule",

@@ -1,43 +1,44 @@
-"""The command line: `python -m lightning_l2l fit | validate | test | predict | export`."""
+"""The commands that Lightning runs: `python -m lightning_l2l fit | validate | test | predict`."""
 
 from __future__ import annotations
 
 import os
 import shlex
-import sys
 import warnings
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from jsonargparse import Namespace, auto_cli
-from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
+from jsonargparse import Namespace
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import LightningDataModule, Trainer
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
+from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.plugins import CheckpointIO
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch.nn import Module
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
 
-from lightning_l2l import data, rules, tasks  # noqa: F401  # so that YAML can name their classes without a path
-from lightning_l2l.commands.errors import PROG, OneLineParser, find_foreseen, in_one_line
+import lightning_l2l
+from lightning_l2l.commands.errors import COMMANDS, PROG, OneLineParser, find_foreseen
+from lightning_l2l.commands.imports import import_modules
 from lightning_l2l.evaluation.learning_curves import LearningCurves
+from lightning_l2l.meta.hyperparameters import as_of_now
+from lightning_l2l.meta.meta_gradient import MetaGradient
 from lightning_l2l.meta.meta_optimizer import MetaOptimizer
 from lightning_l2l.rules import UpdateRule
-from lightning_l2l.rules.describe import check_names, describe, signature_of
-from lightning_l2l.rules.files import SUFFIX, fill_rule, load_rule, save_rule, shipped_rules
-from lightning_l2l.runs.checkpoints import LAST, PREVIOUS, AtomicCheckpointIO, read_to_resume
-from lightning_l2l.runs.folder import RunLogger, folders_of, held, room_for
+from lightning_l2l.rules.describe import check_names, describe
+from lightning_l2l.rules.files import SUFFIX, load_rule, shipped_rules
+from lightning_l2l.runs.checkpoints import AtomicCheckpointIO, read_to_resume
+from lightning_l2l.runs.folder import folders_of, held, refuse_to_overwrite, room_for, told, would_overwrite
 from lightning_l2l.runs.interrupt import ResumeCheckpoint, terminable
-from lightning_l2l.runs.trainer import shown, writes
+from lightning_l2l.runs.loggers import RUNS, NoLogger, RunLogger, folders_of_loggers, go_on_in
+from lightning_l2l.runs.resume import NEWEST, check_resumable, newest_last, requeued, run_of
+from lightning_l2l.runs.trainer import has_folder, log_folder, run_folder, shown, writes
 from lightning_l2l.tasks import Task
 
-NEWEST = "last"
-
-DESCRIPTION = """Learning to learn by gradient descent by gradient descent.
-
-Beside the commands below there is `export --ckpt_path P --output F`, which writes a trained rule to a small file."""
+DESCRIPTION = "Learning to learn by gradient descent by gradient descent."
 
 #: What `fit` does without arguments; configs/quadratic.yaml is the same with comments, and trains for longer.
 DEFAULTS: dict[str, Any] = {
@@ -62,6 +63,7 @@ DEFAULTS: dict[str, Any] = {
             "num_test_tasks": 512,
         },
     },
+    "model.meta_gradient": {"class_path": "lightning_l2l.FirstOrder"},
     "checkpoint.monitor": "val/final_loss",
     "checkpoint.filename": "best",
     "checkpoint.enable_version_counter": False,
@@ -84,10 +86,23 @@ class CLI(LightningCLI):
     _resume_into: Path | None = None  # the folder of the run that goes on
     _steps_done = 0  # outer steps of that run
 
+    def _add_subcommands(self, parser: LightningArgumentParser, **kwargs: Any) -> None:
+        """All commands, each with a line of ours; those that Lightning does not run are here for `--help` alone."""
+        lines = {name: {"description": COMMANDS[name]} for name in self.subcommands()}
+        super()._add_subcommands(parser, **lines)
+        parser.add_argument("--version", action="version", version=f"lightning_l2l {lightning_l2l.__version__}")
+        commands: Any = parser._subcommands_action
+        for name, line in COMMANDS.items():
+            if name not in lines:
+                commands.add_subcommand(name, OneLineParser(description=line), help=line)
+        for listed in commands._choices_actions:
+            listed.help = COMMANDS[listed.dest]  # not the first line of Trainer's docstring
+
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """The callbacks that every run has, configurable as `--checkpoint.*` and `--curves.*`."""
         parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
         parser.add_lightning_class_args(LearningCurves, "curves")
+        parser.add_import()  # type: ignore[attr-defined]
         parser.set_defaults(DEFAULTS)
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
@@ -101,7 +116,12 @@ class CLI(LightningCLI):
             ) from error
         except RecursionError as error:
             raise ValueError("the configuration refers to itself, or is nested too deeply; write it out") from error
-        config = self.config[self.config["subcommand"]]
+        command = self.config["subcommand"]
+        if command not in self.subcommands():
+            raise ValueError(f"{command} takes its own options alone; begin with it: {PROG} {command} ...")
+        config = self.config[command]
+        import_modules((config["import"] or "").split(","))
+        _make_absolute(config["data"])
         seed, trainer = config["seed_everything"], config["trainer"]
         if trainer["gradient_clip_val"]:
             raise ValueError(
@@ -121,7 +141,7 @@ class CLI(LightningCLI):
         command = self.config.get("subcommand")
         config = self.config[command] if command else {}
         if command == "fit" and not config.get("ckpt_path"):
-            config["ckpt_path"] = _requeued(Path(config["trainer"]["default_root_dir"] or "."))
+            config["ckpt_path"] = requeued(Path(config["trainer"]["default_root_dir"] or "."))
         if not config.get("ckpt_path"):
             if command != "fit":
                 rank_zero_warn(
@@ -133,13 +153,15 @@ class CLI(LightningCLI):
             self._use_rule(config, command)
             return
         if config["ckpt_path"] == NEWEST:
-            config["ckpt_path"] = str(_newest_last(Path(config["trainer"]["default_root_dir"] or ".")))
+            trainer = config["trainer"]
+            beside = folders_of_loggers(trainer["logger"])
+            config["ckpt_path"] = str(newest_last(Path(trainer["default_root_dir"] or "."), beside))
         path = Path(config["ckpt_path"])
         checkpoint = read_to_resume(path)  # refuses what it cannot read, in one line
         rule = load_rule(path)  # and rules that do not fit their description
         if command == "fit":
-            _check_resumable(path, checkpoint)
-            self._resume_into = _run_of(path, checkpoint)
+            check_resumable(path, checkpoint)
+            self._resume_into = run_of(path, checkpoint)
             self._steps_done = checkpoint["global_step"]
         else:  # the rule is all there is to restore, so nothing else in the file is looked at
             self._rule, self._checkpoint = rule, checkpoint
@@ -147,13 +169,14 @@ class CLI(LightningCLI):
         if config["model"] == defaults["model"]:
             try:
                 given = {k: v for k, v in dict(checkpoint["hyper_parameters"]).items() if k != "_instantiator"}
-                check_names(given, (Task, Module))
+                given = as_of_now({**given, **({} if command == "fit" else {"imitation": None})})
+                check_names(given, (Task, Module, MetaGradient, Optimizer, LRScheduler))
             except (TypeError, ValueError, RecursionError) as error:
                 raise ValueError(
                     f"{config['ckpt_path']!r} describes a model that cannot be made from it alone ({error}); give the "
-                    "--config of its run beside it, lightning_logs/version_N/config.yaml"
+                    "--config of its run beside it, lightning_logs/version_N/config.yaml, or --import the module"
                 ) from error
-            super()._parse_ckpt_path()
+            self.config = self.parser.parse_object({command: {"model": given}}, self.config)
 
     def _use_rule(self, config: Any, command: str | None) -> None:
         """Put a shipped rule, or a rule file, into the place of the rule that the configuration describes."""
@@ -188,8 +211,8 @@ class CLI(LightningCLI):
         if self._rule is not None:
             self.model.rule.load_state_dict(self._rule.state_dict())
         for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
-            if isinstance(callback, LearningCurves) and self.trainer.log_dir:
-                config = Path(os.path.relpath(self.trainer.log_dir)) / "config.yaml"
+            if isinstance(callback, LearningCurves) and has_folder(self.trainer):
+                config = Path(os.path.relpath(run_folder(self.trainer))) / "config.yaml"
                 callback.test_command_prefix = f"python -m lightning_l2l test --config {shlex.quote(str(config))}"
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
@@ -199,15 +222,7 @@ class CLI(LightningCLI):
         plugins = plugins if isinstance(plugins, list) else [plugins]
         if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
             kwargs["plugins"] = [*plugins, AtomicCheckpointIO()]
-        if config["logger"] in (None, True):
-            root, name, version = config["default_root_dir"], "lightning_logs", None
-            folder = self._resume_into
-            options: dict[str, Any] = {}
-            if folder is not None and folder.name.startswith("version_"):
-                warnings.filterwarnings("ignore", "Checkpoint directory .* exists and is not empty")  # as it should
-                root, name, version = folder.parent.parent, folder.parent.name, int(folder.name[len("version_") :])
-                options["purge_step"] = self._steps_done + 1  # curves of what is going to be done again
-            kwargs["logger"] = RunLogger(root, name, version, default_hp_metric=False, **options)
+        kwargs["logger"] = self._logger(config["logger"], config["default_root_dir"])
         try:
             return super().instantiate_trainer(**kwargs)
         except (ImportError, MisconfigurationException, ValueError) as error:
@@ -219,9 +234,27 @@ class CLI(LightningCLI):
                 f"the Trainer refuses its arguments ({given}): {told}; use others, see {PROG} {self.subcommand} --help"
             ) from error
 
+    def _logger(self, given: Any, root: str) -> Any:
+        """TensorBoard where nothing else is asked for; a resumed run goes on in the folder of the first."""
+        folder = self._resume_into
+        if given is False:
+            return NoLogger(root, folder)
+        if given in (None, True):
+            runs = Path(root) / RUNS if folder is None else folder.parent
+            given = RunLogger(runs.parent, runs.name, default_hp_metric=False)
+        if folder is not None:
+            warnings.filterwarnings("ignore", ".*irectory .* exists and is not empty")  # as it should
+            go_on_in(folder, given if isinstance(given, list) else [given], self._steps_done)
+        return given
+
     def _run_subcommand(self, subcommand: str) -> None:
         with ExitStack() as stack:
             stack.enter_context(terminable())
+            remedy = "give another --trainer.default_root_dir, or see to permissions and space"
+            stack.enter_context(told(remedy))
+            if writes(self.trainer):
+                checkpoint = self.config[subcommand].get("ckpt_path") if subcommand == "fit" else None
+                refuse_to_overwrite(self.trainer, subcommand == "fit", self._resume_into, checkpoint)
             if subcommand == "fit" and writes(self.trainer):
                 stack.enter_context(held(folders_of(self.trainer), room_for(self.model.parameters())))
                 if self._steps_done:
@@ -241,93 +274,45 @@ def _as_configured(described: Any) -> Any:
     return content
 
 
-def _check_resumable(path: Path, checkpoint: dict[str, Any]) -> None:
-    """Refuse a checkpoint that has a rule and lacks what Lightning goes on with."""
-    kinds = {"epoch": int, "global_step": int, "loops": dict, "callbacks": dict, "optimizer_states": list}
-    kinds |= {"lr_schedulers": list, "pytorch-lightning_version": str}
-    wrong = [name for name, kind in kinds.items() if not isinstance(checkpoint.get(name), kind)]
-    if wrong:
-        raise ValueError(
-            f"{str(path)!r} holds a rule, but nothing that `fit` could go on with ({', '.join(wrong)}); use `test`, "
-            "or give a checkpoint that `fit` wrote"
-        )
+def _make_absolute(data: Any) -> None:
+    """Let folders of data, wherever they stand, be found from other folders: the configuration is kept beside a run."""
+    for name, value in data.items() if isinstance(data, Namespace | dict) else ():
+        if name == "root" and isinstance(value, str | Path):
+            data[name] = type(value)(Path(value).resolve())
+        for one in value if isinstance(value, list) else [value]:
+            _make_absolute(one)
 
 
-def _requeued(root: Path) -> str | None:
-    """The checkpoint that Lightning wrote when Slurm announced the end of a job, which then starts anew."""
-    found = {int(p.stem.split("_")[-1]): p for p in root.glob("hpc_ckpt_*.ckpt") if p.stem.split("_")[-1].isdecimal()}
-    return str(found[max(found)]) if found and SLURMEnvironment.detect() else None
+class _SaveConfig(SaveConfigCallback):
+    """Puts config.yaml into the folder of the run, as other files, and in the place of none that is not its own."""
 
-
-def _run_of(path: Path, checkpoint: dict[str, Any]) -> Path | None:
-    """The folder of the run that a checkpoint is to be gone on with in; None: a new one."""
-    if path.name in (LAST, PREVIOUS) and path.parent.name == "checkpoints":
-        return path.resolve().parent.parent
-    if path.name.startswith("hpc_ckpt_"):
-        for key, state in checkpoint.get("callbacks", {}).items():
-            if key.startswith(ResumeCheckpoint.__qualname__) and state.get("dirpath"):
-                return Path(state["dirpath"]).parent
-    return None
-
-
-def _newest_last(root: Path) -> Path:
-    """The last.ckpt written most recently under the folder that runs log to."""
-    found = sorted(root.glob("*/version_*/checkpoints/last.ckpt"), key=lambda p: p.stat().st_mtime)
-    if not found:
-        raise FileNotFoundError(
-            f"--ckpt_path last: no checkpoints/last.ckpt in any run under {str(root.resolve())!r}; give the path of "
-            "the checkpoint, or the --trainer.default_root_dir of the run that wrote it"
-        )
-    return found[-1]
-
-
-def export(ckpt_path: str, output: Path, init_args: dict[str, Any] | None = None) -> None:
-    """Write the rule of a checkpoint to a file of some 20 kB that `load_rule` reads.
-
-    Args:
-        ckpt_path: A checkpoint, the name of a shipped rule, or "last" for the newest run under this folder.
-        output: Where to, with the suffix .npz; an existing file is replaced.
-        init_args: Arguments of the rule that are to be others, such as {decay: 1000}; its weights have to fit them.
-    """
-    rule = load_rule(_newest_last(Path()) if ckpt_path == NEWEST else ckpt_path)
-    if init_args:
-        described = describe(rule)
-        described["init_args"] |= init_args
-        rule = fill_rule(described, rule.state_dict(), f"{ckpt_path!r} with {init_args}")
-    save_rule(rule, output)
-    print(f"{output}: {signature_of(rule)}, {output.stat().st_size / 1000:.0f} kB")
-    print(f'Use it: LearnedOptimizer(model.parameters(), "{output}")')
-
-
-def main(args: ArgsType = None) -> None:
-    """Run a command.
-
-    Args:
-        args: As on the command line, such as `["fit", "--model.num_steps", "50"]`; None takes them from there. From
-            Python, mistakes raise; on the command line they are one line on stderr and exit status 1.
-    """
-    # Lightning 2.6 with a recent torch: https://github.com/Lightning-AI/pytorch-lightning/issues/21326
-    warnings.filterwarnings("ignore", ".*LeafSpec.*is deprecated")
-    given = sys.argv[1:] if args is None else args
-    try:
-        if isinstance(given, list) and given[:1] == ["export"]:
-            parser: Any = OneLineParser
-            auto_cli(export, args=given[1:], as_positional=False, prog=f"{PROG} export", parser_class=parser)
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Write it."""
+        folder = log_folder(trainer)
+        if self.already_saved or not writes(trainer):
             return
-        CLI(
-            MetaOptimizer,
-            LightningDataModule,
-            subclass_mode_data=True,
-            auto_configure_optimizers=False,  # a meta-optimizer is an argument of MetaOptimizer
-            seed_everything_default=0,
-            trainer_defaults={**TRAINER_DEFAULTS, "callbacks": [ResumeCheckpoint()]},
-            save_config_kwargs={"overwrite": True},  # a resumed run writes into its own folder again
-            parser_class=OneLineParser,
-            parser_kwargs={"default_env": False, "description": DESCRIPTION, "prog": PROG},
-            args=args,
-        )
-    except Exception as error:
-        told = in_one_line(error)
-        if args is not None or told is None:
-            raise
-        sys.exit(f"error: {told}")
+        path = folder / self.config_filename
+        if path.exists() and not has_folder(trainer):  # else it was looked at before
+            raise would_overwrite([path])
+        self.parser.save(self.config, path, skip_none=False, overwrite=True)
+        self.already_saved = True
+
+
+def run(args: ArgsType) -> CLI:
+    """Run one of Lightning's commands, and give what it was run with."""
+    for name in lightning_l2l.__all__:  # so that YAML can name classes without a path
+        getattr(lightning_l2l, name)
+    # That the command line is there as well is no mistake: other commands of ours call this one.
+    warnings.filterwarnings("ignore", "LightningCLI's args parameter")
+    return CLI(
+        MetaOptimizer,
+        LightningDataModule,
+        subclass_mode_data=True,
+        auto_configure_optimizers=False,  # a meta-optimizer is an argument of MetaOptimizer
+        seed_everything_default=0,
+        trainer_defaults={**TRAINER_DEFAULTS, "callbacks": [ResumeCheckpoint()]},
+        save_config_callback=_SaveConfig,
+        parser_class=OneLineParser,
+        parser_kwargs={"default_env": False, "description": DESCRIPTION, "prog": PROG},
+        args=args,
+    )

@@ -18,12 +18,22 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.cli import LightningArgumentParser
 
+from lightning_l2l.commands.imports import HELP as IMPORT_HELP
 from lightning_l2l.rules import UpdateRule
 from lightning_l2l.rules.describe import subclasses_of
 from lightning_l2l.tasks import Task
 
 PROG = "python -m lightning_l2l"
-COMMANDS = ("fit", "validate", "test", "predict", "export")
+#: What each command does, for `--help`.
+COMMANDS = {
+    "fit": "meta-train a rule; without arguments an LSTM on random quadratics",
+    "validate": "the figures of a rule on the validation tasks",
+    "test": "compare a rule with tuned optimizers on the test tasks: tables, CSV files, a plot",
+    "predict": "the loss of every test task at every inner step, as a CSV file",
+    "export": "write the rule of a checkpoint to a small file, to load or to mail",
+    "sweep": "fit or test at many settings: a table, a CSV file, a plot",
+    "map": "run rules on grids of tasks, to see where they win and where they break",
+}
 _RAISE = dis.opmap["RAISE_VARARGS"]
 #: Lines of the parser's messages about types that say nothing to a user.
 _NOISE = re.compile(
@@ -68,7 +78,7 @@ def in_one_line(error: BaseException) -> str | None:
     if lacking or isinstance(error, MemoryError | torch.OutOfMemoryError):
         return (
             "there is not enough memory for this; use a smaller --data.num_tasks (and --data.eval_tasks), "
-            "--model.unroll_length or optimizee, or --model.memory flat"
+            "--model.unroll_length or optimizee, or --model.meta_gradient.memory flat"
         )
     return None
 
@@ -77,6 +87,14 @@ class OneLineParser(LightningArgumentParser):
     """A parser that tells a mistake in one line, with the nearest name where one is misspelt."""
 
     _files: Sequence[str] = ()
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.allow_abbrev = False  # what is cut short may be another option tomorrow
+
+    def add_import(self) -> None:
+        """The option `--import`, which is looked at before anything is parsed."""
+        self.add_argument("--import", type=str | None, default=None, metavar="MODULE,...", help=IMPORT_HELP)
 
     def parse_args(self, args: Any = None, *more: Any, **options: Any) -> Any:
         """As that of jsonargparse; remembers which files were given."""

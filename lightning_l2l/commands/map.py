@@ -27,7 +27,10 @@ from matplotlib.figure import Figure
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
+from lightning_l2l.commands.errors import PROG
 from lightning_l2l.commands.grids import DEFAULT_ADAM, Page, pages
+from lightning_l2l.commands.imports import HELP as IMPORT_HELP
+from lightning_l2l.commands.imports import given_in, import_modules
 from lightning_l2l.commands.sweep import DONE, Row, new_folder, read_csv, run_setting, write_csv
 from lightning_l2l.evaluation.learning_curves import LEARNED
 from lightning_l2l.evaluation.tables import print_table
@@ -139,20 +142,27 @@ def _losses(path: Path) -> tuple[list[float], dict[str, list[float]]]:
     return losses.pop(LEARNED, [math.inf]), losses
 
 
-def _run_all(cells: Sequence[_Cell], rules: Mapping[str, Path], jobs: int) -> Iterator[list[Row]]:
-    """The rows of each cell, in order."""
+def _run_all(
+    cells: Sequence[_Cell], rules: Mapping[str, Path], jobs: int, modules: Sequence[str]
+) -> Iterator[list[Row]]:
+    """The rows of each cell, in order; processes import the modules first."""
     if jobs == 1:
         yield from (_run(cell, rules) for cell in cells)
         return
     threads = max(1, torch.get_num_threads() // jobs)
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(jobs, context, initializer=torch.set_num_threads, initargs=(threads,)) as pool:
+    with ProcessPoolExecutor(jobs, context, initializer=_begin, initargs=(threads, modules)) as pool:
         try:
             found = [pool.submit(_run, cell, rules) for cell in cells]
             yield from (future.result() for future in found)
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
+
+
+def _begin(threads: int, modules: Sequence[str]) -> None:
+    torch.set_num_threads(threads)
+    import_modules(modules)
 
 
 def main(args: list[str] | None = None) -> int:
@@ -165,7 +175,12 @@ def main(args: list[str] | None = None) -> int:
         Exit status: 1 if a cell could not be run, else 0.
     """
     args = sys.argv[1:] if args is None else args
-    parser = argparse.ArgumentParser("map", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        f"{PROG} map",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
     parser.add_argument("rules", metavar="RULE", nargs="+", help="a checkpoint, a rule file, or a shipped rule's name")
     parser.add_argument("--root", type=Path, default=Path("data"), help="folder of the data sets (data)")
     only = "the grids whose names have this text; repeatable"
@@ -173,6 +188,7 @@ def main(args: list[str] | None = None) -> int:
     parser.add_argument("--small", action="store_true", help="a few cells with few steps, to see whether all runs")
     parser.add_argument("--jobs", type=int, default=1, help="cells that run side by side, in processes (1)")
     parser.add_argument("--folder", type=Path, default=Path("map"), help="where version_N is made (map)")
+    parser.add_argument("--import", metavar="MODULE,...", help=IMPORT_HELP)
     resume = "a version_N: run what it has not; a further RULE meets the baselines that are tuned there already"
     parser.add_argument("--resume", type=Path, metavar="FOLDER", help=resume)
     options = parser.parse_intermixed_args(args)
@@ -201,7 +217,7 @@ def main(args: list[str] | None = None) -> int:
     missing = _missing(chosen, rows, list(rules), folder / "runs")
     repeat = shlex.join([*args, *([] if options.resume else ["--resume", str(folder)])])
     print(f"Cells: {len(missing)}, in {folder}; if stopped, go on with: python -m lightning_l2l map {repeat}")
-    for number, found in enumerate(_run_all(missing, rules, options.jobs), 1):
+    for number, found in enumerate(_run_all(missing, rules, options.jobs, given_in(args)), 1):
         rows += found
         write_csv(folder / "map.csv", rows)
         grid, *place = missing[number - 1].where.values()
@@ -326,7 +342,3 @@ def _strength(cell: Row) -> float:
 def _shown(cell: Row) -> str:
     ratio = float(cell.get("ratio") or "nan")
     return f"{ratio:.2f}" if 0.01 <= ratio < 100 else f"{ratio:.0e}" if math.isfinite(ratio) else "-"
-
-
-if __name__ == "__main__":
-    sys.exit(main())

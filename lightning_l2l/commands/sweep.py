@@ -21,16 +21,20 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from lightning_l2l.commands import cli, errors
+from lightning_l2l.commands.imports import HELP as IMPORT_HELP
+from lightning_l2l.commands.imports import given_in, import_modules
 from lightning_l2l.evaluation.figures import label_log_axis, look, tidy
 from lightning_l2l.evaluation.learning_curves import LEARNED, MONITOR
 from lightning_l2l.evaluation.tables import print_table
-from lightning_l2l.rules.files import read_checkpoint
+from lightning_l2l.runs.trainer import run_folder
 
 ROOT_DIR = "trainer.default_root_dir"
 DONE = "ok"
@@ -76,7 +80,9 @@ def main(args: list[str] | None = None) -> int:
     options, command = _parse(args)
     folder, finished = options.resume, []
     if folder:
-        options, command = _parse(shlex.split((folder / "command.txt").read_text()))
+        args = shlex.split((folder / "command.txt").read_text())
+        import_modules(given_in(args))
+        options, command = _parse(args)
         earlier = read_csv(folder / "sweep.csv") if (folder / "sweep.csv").is_file() else []
         finished = [row for row in earlier if row["status"] == DONE]
     else:
@@ -112,13 +118,14 @@ def _parse(args: list[str]) -> tuple[argparse.Namespace, list[str]]:
     """The sweep's own options, and the command that it runs."""
     usage = "python -m lightning_l2l sweep [options] fit|test [arguments of python -m lightning_l2l]"
     layout = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser("sweep", usage, __doc__, formatter_class=layout, allow_abbrev=False)
+    parser = argparse.ArgumentParser(f"{errors.PROG} sweep", usage, __doc__, formatter_class=layout, allow_abbrev=False)
     lists: Any = {"action": "append", "default": []}
     parser.add_argument("--over", type=_values, metavar="FIELD=VALUE,...", help="repeat it for a grid", **lists)
     parser.add_argument("--random", type=_bounds, metavar="FIELD=LOW:HIGH", help="log-uniform; repeatable", **lists)
     parser.add_argument("--trials", type=int, default=8, help="number of draws of all --random fields (8)")
     parser.add_argument("--seed", type=int, default=0, help="of the draws (0)")
     parser.add_argument("--folder", type=Path, default=Path("sweep"), help="where version_N is made (sweep)")
+    parser.add_argument("--import", metavar="MODULE,...", help=IMPORT_HELP)
     parser.add_argument("--resume", type=Path, metavar="FOLDER", help="a version_N: run what it has not finished")
     start = next((k for k, arg in enumerate(args) if arg in ("fit", "validate", "test", "predict")), len(args))
     options, command = parser.parse_args(args[:start]), args[start:]
@@ -183,10 +190,9 @@ def run_setting(command: list[str], setting: Row, root: Path, first: bool) -> tu
     """
     flags = [f"--{field}={value}" for field, value in {ROOT_DIR: str(root), **setting}.items()]
     try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "LightningCLI's args parameter")  # sys.argv is the sweep's
-            cli.main([*command, *flags])
-        rows = _fit_rows(root) if command[0] == "fit" else read_csv(_newest(root, "comparison.csv"))
+        with warnings.catch_warnings():  # what one setting has filtered is the next one's no more
+            trainer = cli.run([*command, *flags]).trainer
+        rows = _fit_rows(trainer, root.parent) if command[0] == "fit" else _test_rows(trainer)
         final_loss = rows[0]["final_loss"]
         if math.isfinite(float(final_loss)):
             return rows, DONE
@@ -207,22 +213,26 @@ def run_setting(command: list[str], setting: Row, root: Path, first: bool) -> tu
     return [{"optimizer": LEARNED}], status
 
 
-def _fit_rows(root: Path) -> list[Row]:
-    path = _newest(root, "best.ckpt")
-    for state in read_checkpoint(path)["callbacks"].values():
-        if state.get("monitor") == MONITOR and state.get("best_model_score") is not None:
-            score = float(state["best_model_score"])
-            return [{"optimizer": LEARNED, "final_loss": str(score), "checkpoint": str(path.relative_to(root.parent))}]
-    raise ValueError(f"{str(path)!r} was not chosen by {MONITOR}; leave --checkpoint.monitor as it is")
+def _fit_rows(trainer: Trainer, folder: Path) -> list[Row]:
+    callbacks = [c for c in trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint) and c.monitor == MONITOR]
+    if not callbacks:
+        raise ValueError(f"no checkpoint is chosen by {MONITOR}; leave --checkpoint.monitor as it is")
+    score, path = callbacks[0].best_model_score, Path(callbacks[0].best_model_path)
+    if score is None:
+        raise _nothing_written(path.name or "best.ckpt")
+    path = path.relative_to(folder.resolve()) if path.is_relative_to(folder.resolve()) else path
+    return [{"optimizer": LEARNED, "final_loss": str(float(score)), "checkpoint": str(path)}]
 
 
-def _newest(root: Path, name: str) -> Path:
-    found = sorted(root.rglob(name), key=lambda p: p.stat().st_mtime)
-    if not found:
-        raise RuntimeError(
-            f"no {name} was written: fast_dev_run is on, or the rule diverged before its first outer step"
-        )
-    return found[-1]
+def _test_rows(trainer: Trainer) -> list[Row]:
+    path = run_folder(trainer) / "comparison.csv"
+    if not path.is_file():
+        raise _nothing_written(path.name)
+    return read_csv(path)
+
+
+def _nothing_written(name: str) -> RuntimeError:
+    return RuntimeError(f"no {name} was written: fast_dev_run is on, or the rule diverged before its first outer step")
 
 
 def read_csv(path: Path) -> list[Row]:
@@ -326,7 +336,3 @@ def _is_number(text: str) -> bool:
         return math.isfinite(float(text))
     except ValueError:
         return False
-
-
-if __name__ == "__main__":
-    sys.exit(main())

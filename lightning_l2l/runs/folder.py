@@ -6,18 +6,16 @@ import errno
 import os
 import shutil
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
-from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 
 from lightning_l2l.runs.checkpoints import remove_partial
-from lightning_l2l.runs.trainer import shown
+from lightning_l2l.runs.trainer import has_folder, run_folder, shown
 
 try:
     import fcntl
@@ -29,30 +27,82 @@ LOCK = ".lock"
 _NUM_FILES = 4
 #: For what a run writes beside its checkpoints, and for what they hold beside weights; bytes.
 _BESIDE = 2**20
-_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
+_UNWRITABLE = (
+    *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS),  # no room
+    *(errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG),
+)
 
 
-class RunLogger(TensorBoardLogger):
-    """A TensorBoardLogger whose version_N is its own, also where several runs start at the same moment.
+#: What commands write into the folder of a run, beside checkpoints and TensorBoard's files, whose names are unique.
+FILES = (
+    "config.yaml",
+    "hparams.yaml",
+    "metrics.csv",
+    "comparison.csv",
+    "tasks.csv",
+    "curves.csv",
+    "curves.png",
+    "predictions.csv",
+    "proposals.png",
+)
+
+
+def claim_version(root: Path, version: int = 0) -> int:
+    """Make the first folder `version_N` that is not there yet, and give its N.
+
+    Args:
+        root: Where.
+        version: N to begin with.
 
     Raises:
-        RuntimeError: The folder cannot be made.
+        RuntimeError: It cannot be made.
     """
-
-    def _get_next_version(self) -> int:
-        version: int = super()._get_next_version()
-        if rank_zero_only.rank:  # type: ignore[attr-defined]  # other processes ask that of rank 0
+    while True:  # making a folder is what only one process can do
+        folder = root / f"version_{version}"
+        try:
+            folder.mkdir(parents=True)
+        except FileExistsError:
+            version += 1
+        except OSError as error:
+            raise unusable(folder, error) from error
+        else:
             return version
-        while True:  # making a folder is what only one process can do
-            folder = Path(self.root_dir) / f"version_{version}"
-            try:
-                folder.mkdir(parents=True)
-            except FileExistsError:
-                version += 1
-            except OSError as error:
-                raise _unusable(folder, error) from error
-            else:
-                return version
+
+
+def refuse_to_overwrite(trainer: Trainer, fits: bool, own: Path | None, checkpoint: str | None) -> None:
+    """Refuse to begin a run that would overwrite files which it did not write itself.
+
+    Of a logger whose folder is not known before the run starts, that is left to who writes there.
+
+    Args:
+        trainer: Of the run.
+        fits: Whether it writes checkpoints.
+        own: The folder of the run that it goes on with, if any.
+        checkpoint: From which it goes on, if any; those beside it are the run's, too.
+
+    Raises:
+        RuntimeError: There are some.
+    """
+    found, places = [], [folder for folder in folders_of(trainer) if fits]
+    if has_folder(trainer):
+        folder = run_folder(trainer).resolve()
+        found = [folder / name for name in FILES]
+        places = [folder / "checkpoints" if place == folder else place for place in places]
+    found += [path for place in places for path in sorted(place.glob("*.ckpt"))]
+    beside = None if checkpoint is None else Path(checkpoint).resolve().parent
+    others = [path for path in found if path.exists() and (own is None or not path.is_relative_to(own))]
+    others = [path for path in others if path.suffix != ".ckpt" or path.parent != beside]
+    if others:
+        raise would_overwrite(others)
+
+
+def would_overwrite(paths: Sequence[Path]) -> RuntimeError:
+    """What to say of files that a run would overwrite, and did not write."""
+    more = f" and {len(paths) - 1} more" if len(paths) > 1 else ""
+    return RuntimeError(
+        f"{shown(paths[0])}{more} would be overwritten, and this run did not write it; go on with that run by "
+        "--ckpt_path, or choose another --trainer.default_root_dir, --trainer.logger.version or --checkpoint.dirpath"
+    )
 
 
 @contextmanager
@@ -80,7 +130,7 @@ def held(folders: Iterable[Path], needed: int) -> Iterator[None]:
                 file.write(f"{os.getpid()}\n")
                 file.flush()
             except OSError as error:
-                raise _unusable(folder, error) from error
+                raise unusable(folder, error) from error
             if free < needed:
                 raise RuntimeError(
                     f"{shown(folder)} has room for {free / 1e6:.1f} MB, and a run with its checkpoints takes "
@@ -88,23 +138,36 @@ def held(folders: Iterable[Path], needed: int) -> Iterator[None]:
                 )
             remove_partial(folder)
             remove_partial(folder / "checkpoints")
-        before = threading.excepthook
-        # TensorBoard's thread would print a traceback; the main thread meets the same error with its next curve.
-        threading.excepthook = lambda args: None if _is_no_room(args.exc_value) else before(args)
-        try:
+        with told("free space or see to the folder, and go on with --ckpt_path last"):
             yield
-        except OSError as error:
-            if not _is_no_room(error):
-                raise
-            raise RuntimeError(
-                f"a file could not be written ({error.strerror}); free space, and go on with --ckpt_path last"
-            ) from error
-        finally:
-            threading.excepthook = before
 
 
-def _is_no_room(error: BaseException | None) -> bool:
-    return isinstance(error, OSError) and error.errno in _NO_ROOM
+@contextmanager
+def told(remedy: str) -> Iterator[None]:
+    """Tell in one line that a file could not be written.
+
+    Args:
+        remedy: What to do then.
+
+    Raises:
+        RuntimeError: In place of an OSError of that kind.
+    """
+    before = threading.excepthook
+    # TensorBoard's thread would print a traceback; the main thread meets the same error with its next curve.
+    threading.excepthook = lambda args: None if _is_unwritable(args.exc_value) else before(args)
+    try:
+        yield
+    except OSError as error:
+        if not _is_unwritable(error):
+            raise
+        named = f"{shown(error.filename)} " if isinstance(error.filename, str | Path) else "a file "
+        raise RuntimeError(f"{named}could not be opened or written ({error.strerror}); {remedy}") from error
+    finally:
+        threading.excepthook = before
+
+
+def _is_unwritable(error: BaseException | None) -> bool:
+    return isinstance(error, OSError) and error.errno in _UNWRITABLE
 
 
 def _lock(descriptor: int, folder: Path) -> None:
@@ -115,13 +178,15 @@ def _lock(descriptor: int, folder: Path) -> None:
         fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError) as error:
         raise RuntimeError(
-            f"a run is alive in {shown(folder)}; wait for its end or stop it, or start a new one without --ckpt_path"
+            f"a run is alive in {shown(folder)}; wait for its end or stop it, or give this one a folder of its own by "
+            "another --trainer.default_root_dir (with a --trainer.logger: by its save_dir)"
         ) from error
     except OSError:  # a file system without locks
         return
 
 
-def _unusable(folder: Path, error: OSError) -> RuntimeError:
+def unusable(folder: Path, error: OSError) -> RuntimeError:
+    """What to say where a folder cannot be made or written to."""
     return RuntimeError(
         f"{shown(folder)} cannot be written to ({error.strerror}); choose another --trainer.default_root_dir, or see "
         "to its permissions and space"
@@ -129,9 +194,8 @@ def _unusable(folder: Path, error: OSError) -> RuntimeError:
 
 
 def folders_of(trainer: Trainer) -> list[Path]:
-    """Where a run writes its checkpoints and curves; none of those that only a foreign logger knows."""
-    known = trainer.logger is None or isinstance(trainer.logger, TensorBoardLogger | CSVLogger)
-    found = [Path(trainer.log_dir or trainer.default_root_dir)] if known else []
+    """Where a run writes its checkpoints and curves, its own folder first; none that only a foreign logger knows."""
+    found = [run_folder(trainer)] if has_folder(trainer) else []
     for callback in trainer.checkpoint_callbacks:
         if isinstance(callback, ModelCheckpoint) and callback.dirpath and "://" not in str(callback.dirpath):
             found.append(Path(callback.dirpath))

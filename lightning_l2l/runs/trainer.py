@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Trainer
-from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import CombinedLoader
 from torch import Tensor, distributed
@@ -47,9 +47,25 @@ def _independent(loader: Iterable[Any]) -> Iterable[Any]:
     return own
 
 
+def has_folder(trainer: Trainer) -> bool:
+    """Whether the folder of the run is known before it starts; some loggers of others ask their server for it."""
+    logger = trainer.logger
+    return logger is None or isinstance(logger, TensorBoardLogger | CSVLogger) or not logger.name
+
+
+def run_folder(trainer: Trainer) -> Path:
+    """The folder of the run; all processes must ask. With loggers of others it is where they have the checkpoints."""
+    folder = Path(trainer.log_dir or trainer.default_root_dir)
+    if has_folder(trainer):
+        return folder
+    version = trainer.logger.version  # type: ignore[union-attr]
+    version = version if isinstance(version, str) else f"version_{version}"
+    return Path(trainer.strategy.broadcast(str(folder / str(trainer.logger.name) / version)))  # type: ignore[union-attr]
+
+
 def log_folder(trainer: Trainer) -> Path:
     """Where files go; all processes must ask."""
-    folder = Path(trainer.log_dir or trainer.default_root_dir)
+    folder = run_folder(trainer)
     if writes(trainer):
         folder.mkdir(parents=True, exist_ok=True)
     return folder

@@ -1,0 +1,40 @@
+"""`python -m lightning_l2l export`: the rule of a run as a small file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from lightning_l2l.commands.errors import PROG, OneLineParser
+from lightning_l2l.rules.describe import describe, signature_of
+from lightning_l2l.rules.files import fill_rule, load_rule, save_rule
+from lightning_l2l.runs.resume import NEWEST, newest_last
+
+
+def export(ckpt_path: str, output: Path, init_args: dict[str, Any] | None = None) -> None:
+    """Write the rule of a checkpoint to a file of some 20 kB that `load_rule` reads.
+
+    Args:
+        ckpt_path: A checkpoint, the name of a shipped rule, or "last" for the newest run under this folder.
+        output: Where to, with the suffix .npz; an existing file is replaced.
+        init_args: Arguments of the rule that are to be others, such as {decay: 1000}; its weights have to fit them.
+    """
+    rule = load_rule(newest_last(Path()) if ckpt_path == NEWEST else ckpt_path)
+    if init_args:
+        described = describe(rule)
+        described["init_args"] |= init_args
+        rule = fill_rule(described, rule.state_dict(), f"{ckpt_path!r} with {init_args}")
+    save_rule(rule, output)
+    print(f"{output}: {signature_of(rule)}, {output.stat().st_size / 1000:.0f} kB")
+    print(f'Use it: LearnedOptimizer(model.parameters(), "{output}")')
+
+
+def main(args: list[str]) -> None:
+    """Export what the command line says."""
+    description = "Write the rule of a checkpoint to a file of some 20 kB, to load or to mail; it cannot hold code."
+    parser = OneLineParser(prog=f"{PROG} export", description=description)
+    parser.add_function_arguments(export, as_group=False)
+    parser.add_import()
+    given = parser.instantiate(parser.parse_args(args)).as_dict()
+    given.pop("import")
+    export(**given)
