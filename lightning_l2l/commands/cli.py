@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shlex
 import warnings
+from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -34,7 +35,7 @@ from lightning_l2l.runs.checkpoints import AtomicCheckpointIO, read_to_resume
 from lightning_l2l.runs.folder import folders_of, held, refuse_to_overwrite, room_for, told, would_overwrite
 from lightning_l2l.runs.interrupt import ResumeCheckpoint, terminable
 from lightning_l2l.runs.loggers import RUNS, NoLogger, RunLogger, folders_of_loggers, go_on_in
-from lightning_l2l.runs.resume import NEWEST, check_resumable, newest_last, requeued, run_of
+from lightning_l2l.runs.resume import NEWEST, check_resumable, folders_in, newest_last, requeued, run_of
 from lightning_l2l.runs.trainer import has_folder, log_folder, run_folder, shown, writes
 from lightning_l2l.tasks import Task
 
@@ -84,6 +85,7 @@ class CLI(LightningCLI):
     _rule: UpdateRule | None = None  # whose weights the configured one gets
     _checkpoint: dict[str, Any] | None = None  # where they are from, if not from a rule file
     _resume_into: Path | None = None  # the folder of the run that goes on
+    _own_checkpoints: Sequence[Path] = ()  # folders of its checkpoints
     _steps_done = 0  # outer steps of that run
 
     def _add_subcommands(self, parser: LightningArgumentParser, **kwargs: Any) -> None:
@@ -161,7 +163,7 @@ class CLI(LightningCLI):
         rule = load_rule(path)  # and rules that do not fit their description
         if command == "fit":
             check_resumable(path, checkpoint)
-            self._resume_into = run_of(path, checkpoint)
+            self._resume_into, self._own_checkpoints = run_of(path, checkpoint), folders_in(checkpoint)
             self._steps_done = checkpoint["global_step"]
         else:  # the rule is all there is to restore, so nothing else in the file is looked at
             self._rule, self._checkpoint = rule, checkpoint
@@ -253,8 +255,7 @@ class CLI(LightningCLI):
             remedy = "give another --trainer.default_root_dir, or see to permissions and space"
             stack.enter_context(told(remedy))
             if writes(self.trainer):
-                checkpoint = self.config[subcommand].get("ckpt_path") if subcommand == "fit" else None
-                refuse_to_overwrite(self.trainer, subcommand == "fit", self._resume_into, checkpoint)
+                refuse_to_overwrite(self.trainer, subcommand == "fit", self._resume_into, self._own_checkpoints)
             if subcommand == "fit" and writes(self.trainer):
                 stack.enter_context(held(folders_of(self.trainer), room_for(self.model.parameters())))
                 if self._steps_done:

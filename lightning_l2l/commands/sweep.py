@@ -217,7 +217,7 @@ def _fit_rows(trainer: Trainer, folder: Path) -> list[Row]:
     callbacks = [c for c in trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint) and c.monitor == MONITOR]
     if not callbacks:
         raise ValueError(f"no checkpoint is chosen by {MONITOR}; leave --checkpoint.monitor as it is")
-    score, path = callbacks[0].best_model_score, Path(callbacks[0].best_model_path)
+    score, path = callbacks[0].best_model_score, Path(callbacks[0].best_model_path).resolve()
     if score is None:
         raise _nothing_written(path.name or "best.ckpt")
     path = path.relative_to(folder.resolve()) if path.is_relative_to(folder.resolve()) else path

@@ -16,6 +16,7 @@ import re
 import warnings
 import zipfile
 from collections.abc import Mapping
+from contextlib import suppress
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -166,6 +167,7 @@ def save_rule(rule: UpdateRule, path: Path) -> None:
     Raises:
         ValueError: Another suffix, or a folder.
         FileNotFoundError: There is no such folder.
+        RuntimeError: The file cannot be written.
     """
     if path.suffix != SUFFIX:
         raise ValueError(f"{str(path)!r} has not the suffix of a rule file; use {path.with_suffix(SUFFIX).name!r}")
@@ -179,8 +181,13 @@ def save_rule(rule: UpdateRule, path: Path) -> None:
     try:
         np.savez(unfinished, **arrays)
         unfinished.replace(path)
+    except OSError as error:
+        raise RuntimeError(
+            f"{str(path)!r} cannot be written ({error.strerror}); choose another place, or see to permissions and space"
+        ) from error
     finally:
-        unfinished.unlink(missing_ok=True)
+        with suppress(OSError):
+            unfinished.unlink()
 
 
 def read_rule(path: Path) -> UpdateRule:

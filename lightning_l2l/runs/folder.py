@@ -6,7 +6,7 @@ import errno
 import os
 import shutil
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Container, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
@@ -69,7 +69,7 @@ def claim_version(root: Path, version: int = 0) -> int:
             return version
 
 
-def refuse_to_overwrite(trainer: Trainer, fits: bool, own: Path | None, checkpoint: str | None) -> None:
+def refuse_to_overwrite(trainer: Trainer, fits: bool, own: Path | None, checkpoints: Container[Path]) -> None:
     """Refuse to begin a run that would overwrite files which it did not write itself.
 
     Of a logger whose folder is not known before the run starts, that is left to who writes there.
@@ -78,7 +78,7 @@ def refuse_to_overwrite(trainer: Trainer, fits: bool, own: Path | None, checkpoi
         trainer: Of the run.
         fits: Whether it writes checkpoints.
         own: The folder of the run that it goes on with, if any.
-        checkpoint: From which it goes on, if any; those beside it are the run's, too.
+        checkpoints: Folders in which the checkpoints are its own.
 
     Raises:
         RuntimeError: There are some.
@@ -89,9 +89,8 @@ def refuse_to_overwrite(trainer: Trainer, fits: bool, own: Path | None, checkpoi
         found = [folder / name for name in FILES]
         places = [folder / "checkpoints" if place == folder else place for place in places]
     found += [path for place in places for path in sorted(place.glob("*.ckpt"))]
-    beside = None if checkpoint is None else Path(checkpoint).resolve().parent
     others = [path for path in found if path.exists() and (own is None or not path.is_relative_to(own))]
-    others = [path for path in others if path.suffix != ".ckpt" or path.parent != beside]
+    others = [path for path in others if path.suffix != ".ckpt" or path.parent not in checkpoints]
     if others:
         raise would_overwrite(others)
 

@@ -45,10 +45,14 @@ def run_of(path: Path, checkpoint: dict[str, Any]) -> Path | None:
         # Where somebody has chosen the folder of the checkpoints, the one above is not the run's.
         return folder if folder.name.startswith("version_") or (folder / LOCK).is_file() else None
     if path.name.startswith("hpc_ckpt_"):
-        for key, state in checkpoint.get("callbacks", {}).items():
-            if key.startswith(ResumeCheckpoint.__qualname__) and state.get("dirpath"):
-                return Path(state["dirpath"]).parent
+        return next((one.parent for one in folders_in(checkpoint, ResumeCheckpoint.__qualname__)), None)
     return None
+
+
+def folders_in(checkpoint: dict[str, Any], callback: str = "") -> list[Path]:
+    """Where the run of a checkpoint has put its checkpoints, as those of its callbacks say whose names begin so."""
+    callbacks = [state for key, state in checkpoint["callbacks"].items() if key.startswith(callback)]
+    return [Path(state["dirpath"]).resolve() for state in callbacks if state.get("dirpath")]
 
 
 def requeued(root: Path) -> str | None:

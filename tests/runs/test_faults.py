@@ -17,7 +17,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from lightning_l2l import QuadraticDataModule, main
 from lightning_l2l.commands.cli import find_foreseen
 from lightning_l2l.runs.checkpoints import AtomicCheckpointIO, is_whole
-from lightning_l2l.runs.folder import RunLogger, held
+from lightning_l2l.runs.folder import held
+from lightning_l2l.runs.loggers import RunLogger
 from processes import ENDLESS, TINY, start
 
 FIT = ["fit", *TINY, "--data.num_tasks=4", "--curves.baselines=[]"]
