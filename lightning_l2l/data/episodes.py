@@ -95,8 +95,7 @@ class EpisodeSampler(DistributedSampler[tuple[int, int]]):
             )
         # The parent only takes the length of what it is given.
         super().__init__(range(num_tasks), num_replicas, rank, shuffle=False)  # type: ignore[arg-type]
-        self.fixed = fixed
-        self.num_done = num_done
+        self.fixed, self.num_done = fixed, num_done
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
         epoch = 0 if self.fixed else self.epoch
@@ -146,6 +145,17 @@ class EpisodeDataModule(LightningDataModule, ABC):
 
     Raises:
         ValueError: If a size is not a positive integer, or `seed` or `num_workers` is negative.
+
+    Example:
+        One of your own: points on a line through the origin, another slope in every task.
+
+        >>> class LineDataModule(EpisodeDataModule):
+        ...     def sample(self, stage, generator):
+        ...         x = torch.randn(self.num_steps + 1, 16, generator=generator)
+        ...         return {"inputs": x, "targets": torch.randn(1, generator=generator) * x}
+        >>> data = LineDataModule(num_tasks=8, num_steps=10)
+        >>> {name: tuple(values.shape) for name, values in next(iter(data.train_dataloader())).items()}
+        {'inputs': (8, 11, 16), 'targets': (8, 11, 16), 'seed': (8,)}
     """
 
     needs_num_steps: bool = True  # whether the data depends on the number of inner steps

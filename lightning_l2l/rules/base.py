@@ -40,6 +40,26 @@ class UpdateRule(nn.Module, ABC):
 
     A subclass keeps every constructor argument as an attribute of the same name and of a plain type; checkpoints
     and rule files describe it by those.
+
+    Example:
+        One of your own: momentum, whose learning rate is the meta-parameter.
+
+        >>> class HeavyBall(UpdateRule):
+        ...     state_size = 1  # the velocity
+        ...
+        ...     def __init__(self, decay: float = 0.9):
+        ...         super().__init__()
+        ...         self.decay, self.log_lr = decay, nn.Parameter(torch.tensor(0.0))
+        ...
+        ...     def forward(self, gradient, state):
+        ...         velocity = self.decay * state[0] + gradient
+        ...         return -self.log_lr.exp() * velocity, velocity.unsqueeze(0)
+        >>> rule = HeavyBall()
+        >>> state = rule.init_state(num_coordinates=2)
+        >>> for _ in range(2):
+        ...     print(rule.step_(torch.tensor([1.0, -2.0]), state))
+        tensor([-1.,  2.])
+        tensor([-1.9000,  3.8000])
     """
 
     @property

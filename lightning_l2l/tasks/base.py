@@ -22,6 +22,20 @@ class Task(ABC):
     The function f_k of an episode is given by its data, entry k of a batch; the task says how the optimizee
     looks and what its loss is. A task holds no state of an episode, and it is not an ``nn.Module``: the
     optimizee's parameters must not become parameters of the LightningModule that owns the task.
+
+    Example:
+        One of your own: the slope of a line is fitted to minibatches of points.
+
+        >>> class Slope(Task):
+        ...     def init_params(self, num_tasks, generator):
+        ...         return {"slope": torch.randn(num_tasks, 1, generator=generator)}
+        ...
+        ...     def loss(self, params, batch, step):
+        ...         x, y = (batch[name].select(1, step) for name in ("inputs", "targets"))  # [num_tasks, batch_size]
+        ...         return (params["slope"] * x - y).square().mean(1)
+        >>> batch = {"inputs": torch.ones(1, 5, 8), "targets": torch.zeros(1, 5, 8)}
+        >>> Slope().loss({"slope": torch.tensor([[3.0]])}, batch, step=4)
+        tensor([9.])
     """
 
     @abstractmethod
@@ -87,7 +101,25 @@ class Task(ABC):
 
 
 class GeneratedTask(Task):
-    """A task whose data is drawn from a distribution, not read from files; `GeneratedDataModule` draws it."""
+    """A task whose data is drawn from a distribution, not read from files; `GeneratedDataModule` draws it.
+
+    Example:
+        One of your own: bowls in the plane, each with another centre.
+
+        >>> class Bowl(GeneratedTask):
+        ...     def sample(self, generator):
+        ...         return {"centre": torch.randn(2, generator=generator)}
+        ...
+        ...     def init_params(self, num_tasks, generator):
+        ...         return {"x": torch.zeros(num_tasks, 2)}
+        ...
+        ...     def loss(self, params, batch, step):
+        ...         return (params["x"] - batch["centre"]).square().sum(1)
+        >>> from lightning_l2l.data import GeneratedDataModule
+        >>> batch = next(iter(GeneratedDataModule(Bowl(), num_tasks=3).train_dataloader()))
+        >>> Bowl().loss({"x": batch["centre"] + 1}, batch, step=0)
+        tensor([2., 2., 2.])
+    """
 
     @abstractmethod
     def sample(self, generator: torch.Generator) -> dict[str, Tensor]:
