@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from lightning_l2l.commands.main import main
     from lightning_l2l.data import (
         CIFAR10DataModule,
+        DatasetDataModule,
         EpisodeDataModule,
         GeneratedDataModule,
         MixtureDataModule,
@@ -52,6 +53,7 @@ _HOMES = {
     "commands.main": ("main",),
     "data": (
         "CIFAR10DataModule",
+        "DatasetDataModule",
         "EpisodeDataModule",
         "GeneratedDataModule",
         "MNISTDataModule",
@@ -97,6 +99,7 @@ __all__ = [
     "ConvexTerm",
     "CoordinatewiseLSTM",
     "Curriculum",
+    "DatasetDataModule",
     "EpisodeDataModule",
     "FirstOrder",
     "GeneratedDataModule",

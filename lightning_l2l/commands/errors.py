@@ -142,8 +142,8 @@ def tidy(message: str, parser: Any = None, files: Sequence[str] = ()) -> str:
 def _nearest(text: str, parser: Any) -> list[str]:
     """What is spelt nearly as what was not understood: an option, an argument of a class, a class or a command."""
     if found := re.search(r"Option '([\w.-]+)' is not accepted", text):
-        owner = re.search(r"class_path '([\w.]+)'", text)
-        return get_close_matches(found[1], _arguments(owner[1] if owner else ""), n=1)
+        owners = re.findall(r"class_path '([\w.]+)'", text)  # the innermost is the last
+        return get_close_matches(found[1], _arguments(owners[-1] if owners else ""), n=1)
     if found := re.search(r"no class (\S+)|has no attribute '(\w+)'|path (\S+) does not correspond", text):
         name = next(group for group in found.groups() if group)
         classes = {known.lower(): known for known in _classes()}
@@ -160,7 +160,13 @@ def _nearest(text: str, parser: Any) -> list[str]:
 def _arguments(path: str) -> Iterable[str]:
     module, _, name = path.rpartition(".")
     owner = getattr(sys.modules.get(module), name, None)
-    return inspect.signature(owner).parameters if isinstance(owner, type) else ()
+    bases = owner.__mro__ if isinstance(owner, type) else ()  # those of parents too, which it takes as **options
+    return [
+        name
+        for base in bases
+        if "__init__" in vars(base)
+        for name in inspect.signature(vars(base)["__init__"]).parameters
+    ]
 
 
 def _classes() -> Iterator[str]:

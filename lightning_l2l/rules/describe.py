@@ -110,7 +110,11 @@ def build_rule(description: dict[str, Any]) -> UpdateRule:
             except Exception as error:  # whatever arguments that do not fit make a constructor raise
                 told = " ".join(f"{type(error).__name__}: {error}".split())
                 raise ValueError(f"{path} cannot be built from {brief(description, 300)}: {told}") from error
-    raise ValueError(f"update rule {brief(path)} is not known; import the module that defines it first")
+    module = path.rpartition(".")[0] if isinstance(path, str) else "MODULE"
+    raise ValueError(
+        f"update rule {brief(path)} is not known; import its module first (--import {brief(module)[1:-1]} on the "
+        "command line), since a file has nothing imported by itself"
+    )
 
 
 def _built(value: Any) -> Any:

@@ -92,7 +92,7 @@ def test_every_cell_is_a_command_that_the_parser_takes(small, tmp_path, capsys):
         for down, across in [*((line, columns[0]) for line in lines), *((lines[-1], column) for column in columns)]:
             flags = [*page.flags, *down, *across]
             with pytest.raises(SystemExit) as stop:
-                cli.main(["test", *flags, "--print_config"])
+                cli.run(["test", *flags, "--print_config"])
             assert stop.value.code == 0, flags
     capsys.readouterr()
 

@@ -4,6 +4,7 @@ import csv
 import math
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -39,7 +40,7 @@ def trained(tmp_path_factory):
     folder = tmp_path_factory.mktemp("trained")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", ["lightning-l2l"])
-        cli.main([*FIT, f"--trainer.default_root_dir={folder}"])
+        cli.run([*FIT, f"--trainer.default_root_dir={folder}"])
     return folder / "lightning_logs/version_0/checkpoints/best.ckpt"
 
 
@@ -142,8 +143,10 @@ def ran(monkeypatch):
         folder.mkdir(exist_ok=True)
         loss = "inf" if args[-1] == "--a=2" else "0.5"
         (folder / "comparison.csv").write_text(f"optimizer,final_loss,ratio\nlearned,{loss},nan\nadam,0.4,1.0\n")
+        trainer = SimpleNamespace(logger=None, log_dir=str(folder), default_root_dir=str(folder))
+        return SimpleNamespace(trainer=trainer)
 
-    monkeypatch.setattr(cli, "main", run)
+    monkeypatch.setattr(cli, "run", run)
     return ran
 
 

@@ -516,7 +516,7 @@ def test_a_checkpoint_cannot_have_the_command_line_import_anything(here, monkeyp
     content = checkpoint(CoordinatewiseLSTM(2))
     torch.save({**content, "hyper_parameters": {**content["hyper_parameters"], **model}}, "evil.ckpt")
     assert result_of(command_line, "test", "--ckpt_path=evil.ckpt") is None
-    told = ("cannot be made from it alone", "'probe.Rule' is not known; import the module that defines it first")
+    told = ("cannot be made from it alone", "'probe.Rule' is not known; import its module first (--import probe")
     assert any(one in result_of.told for one in told) and "evil.ckpt" in result_of.told
     assert not Path(CANARY).exists() and "probe" not in sys.modules
 
