@@ -245,7 +245,6 @@ class CLI(LightningCLI):
             runs = Path(root) / RUNS if folder is None else folder.parent
             given = RunLogger(runs.parent, runs.name, default_hp_metric=False)
         if folder is not None:
-            warnings.filterwarnings("ignore", ".*irectory .* exists and is not empty")  # as it should
             go_on_in(folder, given if isinstance(given, list) else [given], self._steps_done)
         return given
 
@@ -256,6 +255,8 @@ class CLI(LightningCLI):
             stack.enter_context(told(remedy))
             if writes(self.trainer):
                 refuse_to_overwrite(self.trainer, subcommand == "fit", self._resume_into, self._own_checkpoints)
+            # Lightning's word for what has been looked at by now.
+            warnings.filterwarnings("ignore", "(Checkpoint|Experiment logs) directory .* exists and is not empty")
             if subcommand == "fit" and writes(self.trainer):
                 stack.enter_context(held(folders_of(self.trainer), room_for(self.model.parameters())))
                 if self._steps_done:
@@ -277,9 +278,10 @@ def _as_configured(described: Any) -> Any:
 
 def _make_absolute(data: Any) -> None:
     """Let folders of data, wherever they stand, be found from other folders: the configuration is kept beside a run."""
-    for name, value in data.items() if isinstance(data, Namespace | dict) else ():
+    content = vars(data) if isinstance(data, Namespace) else data if isinstance(data, dict) else {}
+    for name, value in content.items():
         if name == "root" and isinstance(value, str | Path):
-            data[name] = type(value)(Path(value).resolve())
+            content[name] = type(value)(Path(value).resolve())
         for one in value if isinstance(value, list) else [value]:
             _make_absolute(one)
 

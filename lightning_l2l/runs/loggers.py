@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import warnings
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -105,7 +106,9 @@ def _keep_metrics(logger: CSVLogger, path: Path, steps_done: int) -> None:
         return
     with path.open(newline="", encoding="utf-8") as file:
         rows = [row for row in csv.DictReader(file) if int(row["step"]) <= steps_done]
-    writer: Any = logger.experiment  # deletes the file, with a warning
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        writer: Any = logger.experiment  # deletes the file, and warns of that
     if rows:
         writer.metrics_keys = list(rows[0])
         writer.metrics = rows
