@@ -33,9 +33,9 @@ from lightning_l2l.meta.imitation import Imitation
 from lightning_l2l.meta.meta_gradient import MetaGradient
 from lightning_l2l.meta.unroll import Unroll
 from lightning_l2l.optim import LearnedOptimizer
-from lightning_l2l.rules import RuleGroups, UpdateRule
-from lightning_l2l.rules.describe import describe, signature_of
-from lightning_l2l.rules.files import load_rule
+from lightning_l2l.rules import UpdateRule
+from lightning_l2l.rules.describe import describe
+from lightning_l2l.rules.files import start_from
 from lightning_l2l.tasks import Task
 from lightning_l2l.tasks.base import Batch
 
@@ -99,6 +99,17 @@ class MetaOptimizer(LightningModule):
         FileNotFoundError: There is no rule at `start`.
         ValueError: That rule's weights do not fit, a size is below 1, `unroll_length` does not divide `num_steps`,
             `final_steps` exceeds it, or another argument is out of range.
+
+    Example:
+        >>> from lightning.pytorch import Trainer
+        >>> from lightning_l2l import CoordinatewiseLSTM, LearnedOptimizer, Quadratic, QuadraticDataModule
+        >>> model = MetaOptimizer(Quadratic(dim=2), CoordinatewiseLSTM(hidden_size=4), num_steps=20, unroll_length=5)
+        >>> quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "accelerator": "cpu"}
+        >>> trainer = Trainer(max_epochs=1, inference_mode=False, enable_model_summary=False, **quiet)
+        >>> trainer.fit(model, QuadraticDataModule(num_tasks=8, dim=2, episodes_per_epoch=2, num_val_tasks=8))
+        >>> trainer.global_step  # outer steps: one a truncation
+        8
+        >>> optimizer = LearnedOptimizer(torch.nn.Linear(3, 2).parameters(), model.rule)
     """
 
     def __init__(
@@ -147,7 +158,7 @@ class MetaOptimizer(LightningModule):
         if not any(True for _ in rule.parameters()):
             raise ValueError(f"rule={brief(rule)} has no parameters to meta-train; give one that has some")
         if start is not None:
-            _start_from(start, rule)
+            start_from(start, rule)
         self.automatic_optimization = False
         self.task, self.rule = task, rule
         self.num_steps, self.unroll_length, self.lr = num_steps, unroll_length, lr
@@ -326,17 +337,3 @@ class MetaOptimizer(LightningModule):
 def _divisors(number: int) -> str:
     found = [str(d) for d in range(1, number + 1) if number % d == 0]
     return " or ".join([", ".join(found[:-1]), found[-1]]) if len(found) > 1 else found[0]
-
-
-def _start_from(source: str, rule: UpdateRule) -> None:
-    """Give a rule, or each of a group, the weights of another."""
-    given = load_rule(source)
-    own = rule.rules.values() if isinstance(rule, RuleGroups) and not isinstance(given, RuleGroups) else [rule]
-    for one in own:
-        try:
-            one.load_state_dict(given.state_dict())
-        except RuntimeError as error:
-            raise ValueError(
-                f"start={brief(source)} has {signature_of(given)}, whose weights do not fit {signature_of(one)}; give "
-                "the rule the same sizes, or leave start out"
-            ) from error

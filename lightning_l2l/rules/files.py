@@ -26,8 +26,8 @@ import torch
 import yaml  # type: ignore[import-untyped]
 
 from lightning_l2l.arguments import brief, check_type
-from lightning_l2l.rules import UpdateRule
-from lightning_l2l.rules.describe import build_rule, describe, outline
+from lightning_l2l.rules import RuleGroups, UpdateRule
+from lightning_l2l.rules.describe import build_rule, describe, outline, signature_of
 
 SUFFIX = ".npz"
 _DESCRIPTION = "rule"
@@ -68,6 +68,29 @@ def load_rule(source: str | Path | Mapping[str, Any], rule: UpdateRule | None = 
     if path.suffix == SUFFIX and _is_file(path):
         return read_rule(path)
     return _from_checkpoint(_read(path), repr(str(path)), rule)
+
+
+def start_from(source: str, rule: UpdateRule) -> None:
+    """Give a rule, or each of a `RuleGroups`, the weights of another.
+
+    Args:
+        source: Where the other is, as `load_rule` takes it.
+        rule: Whose weights are to be those.
+
+    Raises:
+        FileNotFoundError: There is no rule.
+        ValueError: Its weights do not fit.
+    """
+    given = load_rule(source)
+    own = rule.rules.values() if isinstance(rule, RuleGroups) and not isinstance(given, RuleGroups) else [rule]
+    for one in own:
+        try:
+            one.load_state_dict(given.state_dict())
+        except RuntimeError as error:
+            raise ValueError(
+                f"start={brief(source)} has {signature_of(given)}, whose weights do not fit {signature_of(one)}; give "
+                "the rule the same sizes, or leave start out"
+            ) from error
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
