@@ -143,7 +143,7 @@ PARSER = {
     "config is empty": (["fit", "--config=empty.yaml"], "empty.yaml: Unexpected config, where a YAML file of fields"),
     "misspelt command": (
         ["fitt"],
-        "invalid choice: 'fitt' (choose from 'fit', 'validate', 'test', 'predict'); did you",
+        "invalid choice: 'fitt' (choose from 'fit', 'validate', 'test', 'predict', 'export', 'sweep', 'map'); did you",
     ),
     "unknown command": (["train"], "invalid choice: 'train'"),
     "misspelt export": (["exprot", "--ckpt_path=mnist"], "did you mean export?"),
@@ -224,8 +224,8 @@ RAISED = {
     "no such strategy": (fit("--trainer.strategy=dddp"), "strategy=dddp, num_nodes=1)"),
     "no nodes": (fit("--trainer.num_nodes=0"), "`num_nodes` must be a positive integer, but got 0; use others, see"),
     "clipping by the Trainer": (
-        fit("--trainer.gradient_clip_val=1"),
-        "gradient_clip_val 1 would not reach the meta-gradient",
+        fit("--trainer.gradient_clip_val=1.5"),
+        "gradient_clip_val 1.5 would not reach the meta-gradient",
     ),
     "accumulation": (fit("--trainer.accumulate_grad_batches=2"), "use a larger --data.num_tasks"),
     "negative seed": (
