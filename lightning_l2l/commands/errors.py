@@ -19,6 +19,7 @@ from lightning.pytorch import LightningDataModule
 from lightning.pytorch.cli import LightningArgumentParser
 
 from lightning_l2l.commands.imports import HELP as IMPORT_HELP
+from lightning_l2l.meta.meta_gradient import MetaGradient
 from lightning_l2l.rules import UpdateRule
 from lightning_l2l.rules.describe import subclasses_of
 from lightning_l2l.tasks import Task
@@ -39,6 +40,19 @@ _RAISE = dis.opmap["RAISE_VARARGS"]
 _NOISE = re.compile(
     r"Does not validate against any of the Union subtypes|Subtypes: .*|Errors:|Given value type: .*|"
     r"Given value: (NestedArg|Namespace)\(.*|Expected a <class 'NoneType'>.*|Expected a path but .*"
+)
+#: Arguments of before, and what they are now.
+_MOVED = {
+    "second_derivatives": "--model.meta_gradient SecondOrder",
+    "memory": "--model.meta_gradient.memory",
+    "memory_budget": "--model.meta_gradient.memory_budget",
+    "imitation": "--model.imitation.weight",
+    "imitation_epochs": "--model.imitation.epochs",
+    "teacher": "--model.imitation.teacher",
+    "teacher_schedule": "--model.imitation.schedule",
+}
+_OF_BEFORE = re.compile(
+    r"(?:unrecognized arguments: --|does not accept option ')model\.(\w+)\b|^--model\.(imitation): .*got [\d.]+$"
 )
 _LONGEST = 800  # characters of a message: of a file that is no configuration the parser shows the whole
 _NO_MEMORY = re.compile(r"DefaultCPUAllocator|can't allocate memory|not enough memory")
@@ -141,6 +155,8 @@ def tidy(message: str, parser: Any = None, files: Sequence[str] = ()) -> str:
 
 def _nearest(text: str, parser: Any) -> list[str]:
     """What is spelt nearly as what was not understood: an option, an argument of a class, a class or a command."""
+    if (found := _OF_BEFORE.search(text)) and (found[1] or found[2]) in _MOVED:
+        return [_MOVED[found[1] or found[2]]]
     if found := re.search(r"Option '([\w.-]+)' is not accepted", text):
         owners = re.findall(r"class_path '([\w.]+)'", text)  # the innermost is the last
         return get_close_matches(found[1], _arguments(owners[-1] if owners else ""), n=1)
@@ -170,7 +186,7 @@ def _arguments(path: str) -> Iterable[str]:
 
 
 def _classes() -> Iterator[str]:
-    bases: tuple[Any, ...] = (UpdateRule, Task, LightningDataModule)
+    bases: tuple[Any, ...] = (UpdateRule, Task, MetaGradient, LightningDataModule)
     for base in bases:
         for cls in subclasses_of(base):
             yield cls.__name__

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from types import NoneType
 from typing import Any, Literal, cast
 
@@ -28,14 +29,14 @@ from lightning_l2l.arguments import (
 from lightning_l2l.evaluation.results import final_losses
 from lightning_l2l.evaluation.rollout import Rollout, rollout
 from lightning_l2l.meta.first_order import FirstOrder
-from lightning_l2l.meta.hyperparameters import describe_imitation
+from lightning_l2l.meta.hyperparameters import as_of_now, describe_imitation
 from lightning_l2l.meta.imitation import Imitation
 from lightning_l2l.meta.meta_gradient import MetaGradient
 from lightning_l2l.meta.unroll import Unroll
 from lightning_l2l.optim import LearnedOptimizer
 from lightning_l2l.rules import UpdateRule
 from lightning_l2l.rules.describe import describe
-from lightning_l2l.rules.files import start_from
+from lightning_l2l.rules.files import read_checkpoint, start_from
 from lightning_l2l.tasks import Task
 from lightning_l2l.tasks.base import Batch
 
@@ -311,6 +312,15 @@ class MetaOptimizer(LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep the count of skipped outer steps."""
         checkpoint["skipped"] = [self.skipped, self.skipped_in_a_row]
+
+    @classmethod
+    def load_from_checkpoint(cls, checkpoint_path: Any, *args: Any, **kwargs: Any) -> MetaOptimizer:
+        """As that of LightningModule, also for the checkpoints of earlier versions."""
+        if isinstance(checkpoint_path, str | Path) and Path(checkpoint_path).is_file():
+            given = read_checkpoint(Path(checkpoint_path))["hyper_parameters"]
+            changed = {name: value for name, value in as_of_now(given).items() if given.get(name) != value}
+            kwargs = {**changed, **kwargs}
+        return super().load_from_checkpoint(checkpoint_path, *args, **kwargs)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse the checkpoint of another rule.

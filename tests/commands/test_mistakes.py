@@ -56,6 +56,7 @@ FILES = {
     "tab.yaml": "model:\n\tnum_steps: 5\n",
     "list.yaml": "- model\n",
     "text.yaml": "num_steps\n",
+    "before.yaml": "model:\n  memory_budget: 1000\n",
     "empty.yaml": "",
     "unclosed.yaml": "model: {num_steps: [1\n",
     "text.ckpt": "no checkpoint",
@@ -96,6 +97,13 @@ test.__test__ = False
 
 PARSER = {
     "misspelt option": (fit("--model.num_stepz=5"), "--model.num_stepz=5; did you mean --model.num_steps?"),
+    "argument of before": (fit("--model.memory=flat"), "did you mean --model.meta_gradient.memory?"),
+    "second derivatives": (fit("--model.second_derivatives=true"), "did you mean --model.meta_gradient SecondOrder?"),
+    "imitation as a number": (fit("--model.imitation=100"), "did you mean --model.imitation.weight?"),
+    "teacher of before": (fit("--model.teacher.lr=1"), "did you mean --model.imitation.teacher?"),
+    "configuration of before": (fit("--config=before.yaml"), "did you mean --model.meta_gradient.memory_budget?"),
+    "misspelt estimator": (fit("--model.meta_gradient=SecondOrdr"), "did you mean SecondOrder?"),
+    "no such memory": (fit("--model.meta_gradient.memory=slow"), "'fast', 'flat'], got slow"),
     "hyphen": (fit("--model.unroll-length=5"), "did you mean --model.unroll_length?"),
     "option of a class": (
         fit("--model.rule.hiden_size=5"),
@@ -150,7 +158,7 @@ PARSER = {
     "no command": ([], "subcommand"),
     "option before command": (
         ["--model.num_steps=5"],
-        "begin with a command: fit, validate, test, predict, export; see",
+        "begin with a command: fit, validate, test, predict, export, sweep, map; see",
     ),
     "no checkpoint's name": (test("--ckpt_path"), "--ckpt_path: expected one argument"),
     "export of nothing": (["export"], "the following arguments are required: ckpt_path, output"),

@@ -8,6 +8,7 @@ from lightning.pytorch import Callback, Trainer
 
 from lightning_l2l import (
     CoordinatewiseLSTM,
+    FirstOrder,
     Imitation,
     MetaOptimizer,
     Quadratic,
@@ -379,3 +380,39 @@ def test_imitation_falls_to_nothing_over_its_epochs(trainer):
     )
     trainer(max_epochs=3, limit_val_batches=0).fit(module, data(episodes_per_epoch=1))
     assert seen == [[4.0], [4.0], [2.0], [2.0], [None], [None]]
+
+
+def test_a_checkpoint_of_before_is_read(trainer, tmp_path):
+    """Arguments that were `second_derivatives` and `memory` then, and an imitation of whom it did not say."""
+    fit = trainer(max_epochs=1, limit_val_batches=0)
+    fit.fit(make(), data(episodes_per_epoch=1))
+    path = tmp_path / "of_before.ckpt"
+    fit.save_checkpoint(path)
+    now = torch.load(path, weights_only=True)
+    kept = {k: v for k, v in now["hyper_parameters"].items() if k not in ("meta_gradient", "imitation")}
+    for of_before, is_now in (
+        ({"second_derivatives": True, "imitation": 0.0, "imitation_epochs": None}, SecondOrder),
+        ({"second_derivatives": False, "memory": "flat", "memory_budget": 9, "imitation": 0.0}, FirstOrder),
+    ):
+        torch.save({**now, "hyper_parameters": {**kept, **of_before}}, path)
+        found = MetaOptimizer.load_from_checkpoint(path)
+        assert type(found.meta_gradient) is is_now and found.imitation is None
+    assert (found.meta_gradient.memory, found.meta_gradient.memory_budget) == ("flat", 9)
+    torch.save({**now, "hyper_parameters": {**kept, "second_derivatives": False, "imitation": 2.0}}, path)
+    with pytest.raises(ValueError, match=r"imitates a teacher \(imitation=2.0\), but does not say whom"):
+        MetaOptimizer.load_from_checkpoint(path)
+
+
+def test_a_checkpoint_says_what_is_imitated(trainer, tmp_path):
+    falling = partial(torch.optim.lr_scheduler.LinearLR, total_iters=9)
+    module = make(
+        imitation=Imitation(4.0, partial(torch.optim.SGD, lr=0.3), falling, 2), meta_gradient=FirstOrder("flat")
+    )
+    fit = trainer(max_epochs=1, limit_val_batches=0)
+    fit.fit(module, data(episodes_per_epoch=1))
+    fit.save_checkpoint(tmp_path / "own.ckpt")
+    found = MetaOptimizer.load_from_checkpoint(tmp_path / "own.ckpt")
+    assert found.meta_gradient.memory == "flat" and (found.imitation.weight, found.imitation.epochs) == (4.0, 2)
+    teacher = found.imitation.teacher([torch.zeros(1, requires_grad=True)])
+    assert isinstance(teacher, torch.optim.SGD) and teacher.param_groups[0]["lr"] == 0.3
+    assert found.imitation.schedule(teacher).total_iters == 9
