@@ -224,6 +224,7 @@ class CLI(LightningCLI):
         plugins = plugins if isinstance(plugins, list) else [plugins]
         if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
             kwargs["plugins"] = [*plugins, AtomicCheckpointIO()]
+        self.save_config_kwargs = {"own_checkpoints": self._own_checkpoints}
         kwargs["logger"] = self._logger(config["logger"], config["default_root_dir"])
         try:
             return super().instantiate_trainer(**kwargs)
@@ -289,13 +290,18 @@ def _make_absolute(data: Any) -> None:
 class _SaveConfig(SaveConfigCallback):
     """Puts config.yaml into the folder of the run, as other files, and in the place of none that is not its own."""
 
+    def __init__(self, *args: Any, own_checkpoints: Sequence[Path] = (), **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.own_checkpoints = own_checkpoints
+
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Write it."""
         folder = log_folder(trainer)
         if self.already_saved or not writes(trainer):
             return
         path = folder / self.config_filename
-        if path.exists() and not has_folder(trainer):  # else it was looked at before
+        own = has_folder(trainer) or (folder / "checkpoints").resolve() in self.own_checkpoints
+        if path.exists() and not own:  # where the folder is known, that was looked at before
             raise would_overwrite([path])
         self.parser.save(self.config, path, skip_none=False, overwrite=True)
         self.already_saved = True

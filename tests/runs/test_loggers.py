@@ -172,6 +172,8 @@ def test_a_logger_of_others_has_a_folder_for_each_run(in_tmp_path):
     with pytest.raises(RuntimeError, match=r"service/project/a/config\.yaml would be overwritten"):
         main([*FIT, *own])
     assert contents(in_tmp_path).items() >= before.items()
+    main([*FIT, *own, MORE, "--ckpt_path=service/project/a/checkpoints/last.ckpt"])
+    assert steps_of(Path("service/project/a")) == 16
 
 
 def test_two_runs_in_one_folder_are_told_how_to_part():
