@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import yaml  # type: ignore[import-untyped]
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 
 from lightning_l2l.runs.checkpoints import LAST, PREVIOUS
@@ -21,13 +22,15 @@ def newest_last(root: Path, beside: Iterable[Path] = ()) -> Path:
     """The last.ckpt that was written most recently.
 
     Args:
-        root: Folder below which runs are, as `lightning_logs/version_N`.
+        root: Folder below which runs are, as `lightning_logs/version_N`, or one level deeper, where a logger had them
+            put, with a configuration that names this folder.
         beside: Other folders that runs may be in, as `version_N`: those of loggers.
 
     Raises:
         FileNotFoundError: There is none.
     """
     paths = {*root.glob(f"*/version_*/{_CHECKPOINTS}"), *(p for one in beside for p in one.glob(f"*/{_CHECKPOINTS}"))}
+    paths |= {path for path in root.glob(f"*/*/version_*/{_CHECKPOINTS}") if _root_of(path) == root.resolve()}
     found = sorted(paths, key=lambda path: path.stat().st_mtime)
     if not found:
         places = ", ".join(dict.fromkeys(repr(str(place.resolve())) for place in (root, *beside)))
@@ -36,6 +39,15 @@ def newest_last(root: Path, beside: Iterable[Path] = ()) -> Path:
             "the checkpoint, or the --trainer.default_root_dir (and the --trainer.logger) of the run that wrote it"
         )
     return found[-1]
+
+
+def _root_of(path: Path) -> Path | None:
+    """The `--trainer.default_root_dir` of the run that wrote a checkpoint, as far as its configuration tells."""
+    try:
+        config = yaml.safe_load((path.parent.parent / "config.yaml").read_text(encoding="utf-8"))
+        return Path(config["trainer"]["default_root_dir"])
+    except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError):
+        return None
 
 
 def run_of(path: Path, checkpoint: dict[str, Any]) -> Path | None:

@@ -84,6 +84,17 @@ def test_a_run_of_csv_logger_is_found_and_loses_no_row(capsys):
     assert (run(2, "logs/lightning_logs") / "comparison.csv").is_file()
 
 
+def test_a_run_of_csv_logger_is_found_without_its_flags(in_tmp_path):
+    main(FIT)
+    main([*FIT, *CSV])
+    os.utime(run(0, "logs/lightning_logs") / "checkpoints/last.ckpt")
+    elsewhere = in_tmp_path / "other" / "lightning_logs"  # newer, but of another folder
+    main([*FIT, f"--trainer.default_root_dir={elsewhere.parent}"])
+    main([*FIT, MORE, LAST])
+    found = steps_of(run(0, "logs/lightning_logs")), steps_of(run(0)), steps_of(run(0, elsewhere))
+    assert found == (16, 8, 8) and not run(1).exists()
+
+
 def test_a_tensorboard_logger_of_ones_own_goes_on_in_its_folder():
     own = ["--trainer.logger=TensorBoardLogger", "--trainer.logger.save_dir=logs", "--trainer.logger.name=mine"]
     main([*FIT, *own])
