@@ -96,7 +96,7 @@ class ResumeCheckpoint(ModelCheckpoint):
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Let a run whose folder has been moved know its best checkpoint again, which Lightning would forget."""
         own = checkpoint.get("callbacks", {}).get(self.state_key, {}).get("dirpath")
-        if not own or not self.dirpath or Path(str(trainer.ckpt_path)).resolve().parent != Path(self.dirpath):
+        if not own or not self.dirpath or Path(str(trainer.ckpt_path)).resolve().parent != Path(self.dirpath).resolve():
             return
         folder = Path(self.dirpath)
         for state in checkpoint["callbacks"].values():
