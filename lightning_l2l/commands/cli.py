@@ -16,6 +16,7 @@ from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.plugins import CheckpointIO
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch.nn import Module
 from torch.optim import Optimizer
@@ -123,7 +124,9 @@ class CLI(LightningCLI):
             raise ValueError(f"{command} takes its own options alone; begin with it: {PROG} {command} ...")
         config = self.config[command]
         import_modules((config["import"] or "").split(","))
-        _make_absolute(config["data"])
+        _make_absolute(config["data"], "root")
+        _make_absolute(config["trainer"]["logger"], "save_dir")
+        _make_absolute(config["checkpoint"], "dirpath")
         seed, trainer = config["seed_everything"], config["trainer"]
         if trainer["gradient_clip_val"]:
             raise ValueError(
@@ -277,14 +280,21 @@ def _as_configured(described: Any) -> Any:
     return content
 
 
-def _make_absolute(data: Any) -> None:
-    """Let folders of data, wherever they stand, be found from other folders: the configuration is kept beside a run."""
-    content = vars(data) if isinstance(data, Namespace) else data if isinstance(data, dict) else {}
+def _make_absolute(given: Any, field: str) -> None:
+    """Let folders in a part of the configuration be found from other folders, for it is kept beside a run.
+
+    Args:
+        given: The part; changed in place.
+        field: What a folder is called, at whatever depth.
+    """
+    if isinstance(given, list):
+        for one in given:
+            _make_absolute(one, field)
+    content = vars(given) if isinstance(given, Namespace) else given if isinstance(given, dict) else {}
     for name, value in content.items():
-        if name == "root" and isinstance(value, str | Path):
-            content[name] = type(value)(Path(value).resolve())
-        for one in value if isinstance(value, list) else [value]:
-            _make_absolute(one)
+        if name == field and isinstance(value, str | Path) and "://" not in str(value):
+            content[name] = type(value)(Path(value).expanduser().resolve())
+        _make_absolute(value, field)
 
 
 class _SaveConfig(SaveConfigCallback):
@@ -303,7 +313,10 @@ class _SaveConfig(SaveConfigCallback):
         own = has_folder(trainer) or (folder / "checkpoints").resolve() in self.own_checkpoints
         if path.exists() and not own:  # where the folder is known, that was looked at before
             raise would_overwrite([path])
-        self.parser.save(self.config, path, skip_none=False, overwrite=True)
+        config = self.config.clone()
+        if trainer.state.fn == TrainerFn.FITTING:
+            config["ckpt_path"] = None  # a run that starts from this configuration is a new one
+        self.parser.save(config, path, skip_none=False, overwrite=True)
         self.already_saved = True
 
 

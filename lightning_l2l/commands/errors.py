@@ -148,6 +148,8 @@ def tidy(message: str, parser: Any = None, files: Sequence[str] = ()) -> str:
     text = text if len(text) <= _LONGEST else f"{text[:_LONGEST]}..."
     nearest = _nearest(text, parser)
     hint = f"did you mean {' or '.join(nearest)}? " if nearest else ""
+    if files and _OF_BEFORE.search(text):
+        hint += f"{' '.join(files)} is of an earlier version: mend it, or give a checkpoint of it without --config; "
     if text.startswith("unrecognized") and prog == PROG:
         hint = f"begin with a command: {', '.join(COMMANDS)}; "
     return f"{text}; {hint}see {prog} --help"

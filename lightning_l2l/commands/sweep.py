@@ -169,10 +169,17 @@ def _bounds(text: str) -> tuple[str, tuple[float, float]]:
 
 
 def new_folder(root: Path) -> Path:
-    """Make the next `version_N` in a folder."""
+    """Make the next `version_N` in a folder.
+
+    Raises:
+        RuntimeError: It cannot be made.
+    """
     numbers = [int(p.name[8:]) for p in root.glob("version_*") if p.name[8:].isdecimal()]
     folder = root / f"version_{max(numbers, default=-1) + 1}"
-    folder.mkdir(parents=True)
+    try:
+        folder.mkdir(parents=True)
+    except OSError as error:
+        raise RuntimeError(f"--folder {root} cannot be written to ({error.strerror}); choose another") from error
     return folder
 
 
@@ -191,7 +198,8 @@ def run_setting(command: list[str], setting: Row, root: Path, first: bool) -> tu
     flags = [f"--{field}={value}" for field, value in {ROOT_DIR: str(root), **setting}.items()]
     try:
         with warnings.catch_warnings():  # what one setting has filtered is the next one's no more
-            trainer = cli.run([*command, *flags]).trainer
+            anew = ["--ckpt_path=null"] if command[0] == "fit" else []  # whatever its configuration says
+            trainer = cli.run([*command, *anew, *flags]).trainer
         rows = _fit_rows(trainer, root.parent) if command[0] == "fit" else _test_rows(trainer)
         final_loss = rows[0]["final_loss"]
         if math.isfinite(float(final_loss)):
@@ -219,7 +227,7 @@ def _fit_rows(trainer: Trainer, folder: Path) -> list[Row]:
         raise ValueError(f"no checkpoint is chosen by {MONITOR}; leave --checkpoint.monitor as it is")
     score, path = callbacks[0].best_model_score, Path(callbacks[0].best_model_path).resolve()
     if score is None:
-        raise _nothing_written(path.name or "best.ckpt")
+        raise _nothing_written("best.ckpt")
     path = path.relative_to(folder.resolve()) if path.is_relative_to(folder.resolve()) else path
     return [{"optimizer": LEARNED, "final_loss": str(float(score)), "checkpoint": str(path)}]
 

@@ -194,8 +194,9 @@ def save_rule(rule: UpdateRule, path: Path) -> None:
     """
     if path.suffix != SUFFIX:
         raise ValueError(f"{str(path)!r} has not the suffix of a rule file; use {path.with_suffix(SUFFIX).name!r}")
-    if path.is_dir():
-        raise ValueError(f"{str(path)!r} is a folder; give the name of a file")
+    with suppress(OSError):  # a name longer than the system allows: writing will tell
+        if path.is_dir():
+            raise ValueError(f"{str(path)!r} is a folder; give the name of a file")
     if not path.parent.is_dir():
         raise FileNotFoundError(f"there is no folder {str(path.parent)!r} to write {path.name!r} to; make it first")
     arrays: dict[str, Any] = {name: value.detach().cpu().numpy() for name, value in rule.state_dict().items()}

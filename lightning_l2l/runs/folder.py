@@ -12,6 +12,7 @@ from pathlib import Path
 
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from torch import Tensor
 
 from lightning_l2l.runs.checkpoints import remove_partial
@@ -29,10 +30,9 @@ _NUM_FILES = 4
 _BESIDE = 2**20
 _UNWRITABLE = (
     *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS),  # no room
-    *(errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG),
+    *(errno.EACCES, errno.EPERM, errno.ENOENT, errno.EEXIST, errno.ENOTDIR, errno.EISDIR),
+    *(errno.ENAMETOOLONG, errno.ELOOP),
 )
-
-
 #: What commands write into the folder of a run, beside checkpoints and TensorBoard's files, whose names are unique.
 FILES = (
     "config.yaml",
@@ -86,7 +86,9 @@ def refuse_to_overwrite(trainer: Trainer, fits: bool, own: Path | None, checkpoi
     found, places = [], [folder for folder in folders_of(trainer) if fits]
     if has_folder(trainer):
         folder = run_folder(trainer).resolve()
-        found = [folder / name for name in FILES]
+        more = [Path(one.log_dir) for one in trainer.loggers[1:] if isinstance(one, CSVLogger | TensorBoardLogger)]
+        # Where a run goes on, it has been seen to that its other loggers do.
+        found = [place / name for place in [folder, *(more if own is None else [])] for name in FILES]
         places = [folder / "checkpoints" if place == folder else place for place in places]
     found += [path for place in places for path in sorted(place.glob("*.ckpt"))]
     others = [path for path in found if path.exists() and (own is None or not path.is_relative_to(own))]

@@ -82,7 +82,7 @@ def folders_of_loggers(configured: Any) -> list[Path]:
 
 
 def go_on_in(folder: Path, loggers: Iterable[Any], steps_done: int) -> None:
-    """Let loggers whose runs lie beside a folder log to that one, after what a run logged there before.
+    """Let loggers whose runs lie beside a folder log to that one, and all go on after what the run logged before.
 
     Args:
         folder: Of the run that goes on.
@@ -90,14 +90,17 @@ def go_on_in(folder: Path, loggers: Iterable[Any], steps_done: int) -> None:
         steps_done: Outer steps of that run, up to its checkpoint.
     """
     for logger in loggers:
-        if not isinstance(logger, TensorBoardLogger | CSVLogger) or Path(logger.root_dir).resolve() != folder.parent:
+        if not isinstance(logger, TensorBoardLogger | CSVLogger):
             continue
-        number = folder.name.removeprefix("version_")
-        logger._version = int(number) if number.isdecimal() else folder.name
+        if Path(logger.root_dir).resolve() == folder.parent:
+            number = folder.name.removeprefix("version_")
+            logger._version = int(number) if number.isdecimal() else folder.name
+        elif logger._version is None:  # elsewhere, and in a new folder
+            continue
         if isinstance(logger, TensorBoardLogger):
             logger._kwargs.setdefault("purge_step", steps_done + 1)  # curves of what is going to be done again
         elif not rank_zero_only.rank:  # type: ignore[attr-defined]
-            _keep_metrics(logger, folder / "metrics.csv", steps_done)
+            _keep_metrics(logger, Path(logger.log_dir) / "metrics.csv", steps_done)
 
 
 def _keep_metrics(logger: CSVLogger, path: Path, steps_done: int) -> None:

@@ -101,7 +101,10 @@ PARSER = {
     "second derivatives": (fit("--model.second_derivatives=true"), "did you mean --model.meta_gradient SecondOrder?"),
     "imitation as a number": (fit("--model.imitation=100"), "did you mean --model.imitation.weight?"),
     "teacher of before": (fit("--model.teacher.lr=1"), "did you mean --model.imitation.teacher?"),
-    "configuration of before": (fit("--config=before.yaml"), "did you mean --model.meta_gradient.memory_budget?"),
+    "configuration of before": (
+        fit("--config=before.yaml"),
+        "did you mean --model.meta_gradient.memory_budget? before.yaml is of an earlier version: mend it, or give a",
+    ),
     "misspelt estimator": (fit("--model.meta_gradient=SecondOrdr"), "did you mean SecondOrder?"),
     "no such memory": (fit("--model.meta_gradient.memory=slow"), "'fast', 'flat'], got slow"),
     "hyphen": (fit("--model.unroll-length=5"), "did you mean --model.unroll_length?"),

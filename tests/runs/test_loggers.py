@@ -102,6 +102,75 @@ def test_a_tensorboard_logger_of_ones_own_goes_on_in_its_folder():
     assert steps_of(run(0, "logs/mine")) == 16 and not run(1, "logs/mine").exists()
 
 
+def test_the_best_checkpoint_is_known_again_however_its_folder_is_spelt():
+    main([*FIT, *CSV])
+    folder = run(0, "logs/lightning_logs")
+    last = torch.load(folder / "checkpoints/last.ckpt", weights_only=True)
+    for state in last["callbacks"].values():
+        if state.get("monitor"):
+            state["best_model_score"] = torch.tensor(1e-3)
+            state["best_k_models"] = {path: torch.tensor(1e-3) for path in state["best_k_models"]}
+            state["kth_value"] = torch.tensor(1e-3)
+    torch.save(last, folder / "checkpoints/last.ckpt")
+    best = (folder / "checkpoints/best.ckpt").read_bytes()
+    main([*FIT, CSV[0], "--trainer.logger.save_dir=./logs/../logs", MORE, LAST])
+    assert steps_of(folder) == 16 and (folder / "checkpoints/best.ckpt").read_bytes() == best
+
+
+def test_folders_of_a_run_are_absolute_in_its_configuration(in_tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(in_tmp_path / "home"))
+    main([*FIT, CSV[0], "--trainer.logger.save_dir=~/logs", "--checkpoint.dirpath=kept"])
+    folder = run(0, in_tmp_path / "home/logs/lightning_logs")
+    assert {"metrics.csv", "config.yaml", "hparams.yaml"} <= {path.name for path in folder.iterdir()}
+    config = yaml.safe_load((folder / "config.yaml").read_text())
+    assert config["trainer"]["logger"]["init_args"]["save_dir"] == str(in_tmp_path / "home/logs")
+    assert config["checkpoint"]["dirpath"] == str(in_tmp_path / "kept") and not Path("~").exists()
+
+
+TWO = """
+trainer:
+  logger:
+    - {class_path: lightning.pytorch.loggers.TensorBoardLogger, init_args: {save_dir: tb}}
+    - {class_path: lightning.pytorch.loggers.CSVLogger, init_args: {save_dir: csv, name: x, version: fixed}}
+"""
+
+
+def test_loggers_beside_the_first_lose_nothing_either():
+    Path("two.yaml").write_text(TWO)
+    main(["fit", "--config=two.yaml", *FIT[1:]])
+    metrics = Path("csv/x/fixed/metrics.csv")
+    before = metrics.read_text()
+    for command in (FIT, TEST):
+        with pytest.raises(RuntimeError, match=r"csv/x/fixed/.* would be overwritten"):
+            main([command[0], "--config=two.yaml", *command[1:]])
+    assert metrics.read_text() == before
+    main(["fit", "--config=two.yaml", *FIT[1:], MORE, LAST])
+    assert metrics.read_text().startswith(before) and len(metrics.read_text()) > len(before)
+
+
+def test_the_configuration_of_a_run_that_was_gone_on_with_begins_a_new_one():
+    main(FIT)
+    main([*FIT, MORE, LAST])
+    config = f"--config={run(0) / 'config.yaml'}"
+    assert yaml.safe_load((run(0) / "config.yaml").read_text())["ckpt_path"] is None
+    before = contents(run(0))
+    main(["fit", config, "--trainer.max_epochs=1"])
+    (run(0) / "config.yaml").write_text(
+        (run(0) / "config.yaml").read_text().replace("ckpt_path: null", "ckpt_path: last")
+    )
+    assert sweep.main(["--over", "model.lr=0.01,0.02", "fit", config, "--trainer.max_epochs=1"]) == 0
+    after = contents(run(0))
+    assert {p: c for p, c in after.items() if p.name != "config.yaml"} == {
+        p: c for p, c in before.items() if p.name != "config.yaml"
+    }
+    assert steps_of(run(1)) == 4
+
+
+def test_a_sweep_says_what_was_not_written(capsys):
+    assert sweep.main(["--over", "model.lr=0.01,0.02", *FIT, "--trainer.fast_dev_run=true"]) == 1
+    assert "no best.ckpt was written: fast_dev_run is on" in capsys.readouterr().out
+
+
 def test_a_sweep_finds_what_another_logger_has(capsys):
     assert sweep.main(["--over", "model.lr=0.01,0.02", *FIT, *CSV]) == 0
     assert sweep.main(["--over", "data.seed=0,1", *TEST, *CSV]) == 0
@@ -208,6 +277,19 @@ def test_an_unwritable_folder_is_one_line(command, in_tmp_path):
     with pytest.raises(RuntimeError, match=r"cannot be written to \(Not a directory\); choose another --trainer"):
         main([command, *TINY, "--curves.baselines=[]", *given, "--trainer.default_root_dir=file", NONE])
     assert Path("file").read_text() == "mine"
+
+
+@pytest.mark.parametrize("command", ["fit", "test"])
+def test_an_unwritable_folder_of_a_logger_is_one_line(command):
+    Path("file").touch()
+    given = [] if command == "fit" else ["--ckpt_path=quadratic"]
+    own = [CSV[0], "--trainer.logger.save_dir=/proc/nowhere"]
+    with pytest.raises(RuntimeError, match=r"/proc/nowhere.* \(No such file or directory\); "):
+        main([command, *TINY, "--curves.baselines=[]", *given, *own])
+    with pytest.raises(RuntimeError, match=r"--folder file/x cannot be written to \(Not a directory\); choose another"):
+        main(["sweep", "--folder=file/x", "--over", "model.lr=1,2", *FIT])
+    with pytest.raises(RuntimeError, match=r"cannot be written \(File name too long\)"):
+        main(["export", "--ckpt_path=mnist", f"--output={'x' * 300}.npz"])
 
 
 def test_a_file_that_test_cannot_write_is_one_line(monkeypatch):
