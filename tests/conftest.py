@@ -1,6 +1,7 @@
 """Fixtures that the tests of several folders use."""
 
 import gzip
+import sys
 
 import hypothesis
 import numpy as np
@@ -49,6 +50,14 @@ def mnist_root(tmp_path_factory):
     root = tmp_path_factory.mktemp("mnist")
     write_digits(root)
     return root
+
+
+@pytest.fixture
+def in_tmp_path(tmp_path, monkeypatch):
+    """A folder of the test's own to work in, as an untouched command line would."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["lightning-l2l"])  # LightningCLI minds arguments beside main's own
+    return tmp_path
 
 
 @pytest.fixture(params=MAKERS, ids=lambda make: make.__name__)

@@ -169,17 +169,15 @@ class ParsedError(Exception):
 
 
 @pytest.fixture
-def in_tmp_path(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.syspath_prepend(tmp_path)  # as `python -m` has it
-    monkeypatch.setattr(sys, "argv", ["lightning-l2l"])  # LightningCLI minds arguments beside main's own
+def in_tmp_path(in_tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(in_tmp_path)  # as `python -m` has it
     monkeypatch.delitem(sys.modules, "mine", raising=False)
-    (tmp_path / "configs").symlink_to(ROOT / "configs")
+    (in_tmp_path / "configs").symlink_to(ROOT / "configs")
     Path("mine.py").write_text(MINE)
     (config,) = blocks(README, "yaml")
     Path("mine.yaml").write_text(config)
     save_rule(CoordinatewiseLSTM(hidden_size=3), Path("my_rule.npz"))
-    yield tmp_path
+    yield in_tmp_path
     sys.modules.pop("mine", None)
 
 

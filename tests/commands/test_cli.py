@@ -2,7 +2,6 @@
 
 import csv
 import signal
-import sys
 import time
 from pathlib import Path
 
@@ -21,11 +20,7 @@ from lightning_l2l.rules.files import save_rule, shipped_rules
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
 
 
-@pytest.fixture(autouse=True)
-def in_tmp_path(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["lightning-l2l"])  # LightningCLI minds arguments beside main's own
-    return tmp_path
+pytestmark = pytest.mark.usefixtures("in_tmp_path")
 
 
 def rows(path):

@@ -1,7 +1,6 @@
 """Errors in one line where they were foreseen, with their traceback where they were not."""
 
 import itertools
-import sys
 import warnings
 from pathlib import Path
 
@@ -16,11 +15,7 @@ from hostile import SCALARS
 from lightning_l2l import CoordinatewiseLSTM, QuadraticDataModule, main
 from lightning_l2l.commands.errors import PROG, find_foreseen, in_one_line, tidy
 
-
-@pytest.fixture(autouse=True)
-def in_tmp_path(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["lightning-l2l"])
+pytestmark = pytest.mark.usefixtures("in_tmp_path")
 
 
 def raised_by(function):

@@ -61,11 +61,7 @@ OWN = [
 ]
 
 
-@pytest.fixture(autouse=True)
-def in_tmp_path(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["lightning-l2l"])  # LightningCLI minds arguments beside main's own
-    return tmp_path
+pytestmark = pytest.mark.usefixtures("in_tmp_path")
 
 
 def program(*arguments, module=("-m", "lightning_l2l")):

@@ -2,7 +2,6 @@
 
 import csv
 import math
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,11 +13,7 @@ from lightning_l2l.commands.grids import Axis, Page, pages
 from lightning_l2l.commands.map import chance, draw, main, summary, table, verdict
 from lightning_l2l.rules.files import save_rule
 
-
-@pytest.fixture(autouse=True)
-def in_tmp_path(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["lightning-l2l"])
+pytestmark = pytest.mark.usefixtures("in_tmp_path")
 
 
 TASKS = torch.tensor([0.5, 0.8, 1.2, 1.5] * 2)  # mean 1

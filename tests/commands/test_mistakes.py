@@ -26,12 +26,7 @@ from lightning_l2l.commands.errors import PROG, find_foreseen, in_one_line
 from lightning_l2l.evaluation.rollout import rollout
 from lightning_l2l.rules.files import save_rule
 
-
-@pytest.fixture(autouse=True)
-def in_tmp_path(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["lightning-l2l"])  # LightningCLI minds arguments beside main's own
-    return tmp_path
+pytestmark = pytest.mark.usefixtures("in_tmp_path")
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,5 @@
 import csv
 import pickle
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -355,12 +354,6 @@ FLAGS = [
     "--trainer.enable_progress_bar=false",
     "--trainer.log_every_n_steps=1",
 ]
-
-
-@pytest.fixture
-def in_tmp_path(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["lightning-l2l"])  # LightningCLI minds arguments beside main's own
 
 
 def test_command_line(binary, in_tmp_path):

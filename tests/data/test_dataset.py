@@ -388,10 +388,8 @@ curves: {baselines: []}
 
 
 @pytest.fixture
-def in_tmp_path(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.syspath_prepend(tmp_path)  # as `python -m` has it
-    monkeypatch.setattr(sys, "argv", ["lightning-l2l"])  # LightningCLI minds arguments beside main's own
+def in_tmp_path(in_tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(in_tmp_path)  # as `python -m` has it
     monkeypatch.delitem(sys.modules, "mine", raising=False)
     Path("mine.py").write_text(MINE)
     Path("mine.yaml").write_text(YAML)

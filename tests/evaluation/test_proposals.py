@@ -13,6 +13,7 @@ from matplotlib.colors import to_hex
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from commandline import TINY_FIT
 from lightning_l2l import CoordinatewiseLSTM, LearnedOptimizer, MetaOptimizer, Quadratic, QuadraticDataModule, main
 from lightning_l2l.evaluation import proposals as module_under_test
 from lightning_l2l.evaluation.baselines import BASELINES, Baseline, Tuned
@@ -326,20 +327,6 @@ def test_a_coordinate_that_the_task_lacks(tmp_path):
 
 # Command line
 
-TINY = [
-    "--model.num_steps=6",
-    "--model.unroll_length=3",
-    "--model.rule.hidden_size=3",
-    "--data.num_tasks=4",
-    "--data.num_val_tasks=4",
-    "--data.num_test_tasks=6",
-    "--data.episodes_per_epoch=2",
-    "--trainer.max_epochs=2",
-    "--trainer.accelerator=cpu",
-    "--trainer.enable_progress_bar=false",
-    "--trainer.log_every_n_steps=1",
-]
-
 
 @pytest.mark.parametrize("by_yaml", [False, True])
 def test_on_the_command_line(tmp_path, monkeypatch, capsys, drawn, by_yaml):
@@ -351,7 +338,7 @@ def test_on_the_command_line(tmp_path, monkeypatch, capsys, drawn, by_yaml):
         callback = {"class_path": name, "init_args": {"every_n_epochs": 2}}
         Path("extra.yaml").write_text(yaml.safe_dump({"trainer": {"callbacks": [callback]}}))
         flags = ["--config=extra.yaml"]
-    main(["fit", *flags, *TINY])
+    main(["fit", *flags, *TINY_FIT])
     folder = Path("lightning_logs/version_0")
     assert [image.step for image in images(folder, "val/update_proposals")] == [8]
     rates = [(b.name, lr) for b, lr in drawn[-1][1]]

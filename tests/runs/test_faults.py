@@ -4,7 +4,6 @@ import errno
 import random
 import shutil
 import signal
-import sys
 import threading
 import time
 from pathlib import Path
@@ -24,11 +23,7 @@ from processes import ENDLESS, TINY, start
 FIT = ["fit", *TINY, "--data.num_tasks=4", "--curves.baselines=[]"]
 
 
-@pytest.fixture(autouse=True)
-def in_tmp_path(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["lightning-l2l"])
-    return tmp_path
+pytestmark = pytest.mark.usefixtures("in_tmp_path")
 
 
 def checkpoint(folder, name="last"):
