@@ -1,6 +1,7 @@
 """Fixtures that the tests of several folders use."""
 
 import gzip
+import os
 import sys
 
 import hypothesis
@@ -10,6 +11,10 @@ import torch
 
 from lightning_l2l.data import write_digits
 from optimizers import MAKERS
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # with the others' threads, two-thread products wait for cores
+    os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that tests start
+    torch.set_num_threads(1)
 
 # The same examples in every run, and few of them: `--hypothesis-profile campaign` looks further.
 hypothesis.settings.register_profile("repeatable", max_examples=50, derandomize=True, deadline=None, database=None)
