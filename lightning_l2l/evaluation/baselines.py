@@ -5,14 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
+from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, LRScheduler
 
-from lightning_l2l.arguments import brief, check_callable, check_positive, check_type
+from lightning_l2l.arguments import brief, check_callable, check_choice, check_positive, check_type
+from lightning_l2l.evaluation.apart import COORDINATEWISE, Apart, MuonAndAdamW, of_package
 from lightning_l2l.evaluation.results import final_losses
 from lightning_l2l.evaluation.rollout import MakeOptimizer, Rollout, rollout
 from lightning_l2l.tasks.base import Batch, Task
@@ -27,19 +28,25 @@ class Baseline:
 
     Attributes:
         name: As in tables and log keys; it names a folder as well.
-        optimizer: An optimizer class that works on each coordinate by itself, since the tasks lie side by
-            side in one tensor.
+        optimizer: An optimizer class, or a function that makes one.
         options: Its other arguments.
         lr: A learning rate to keep to, above 0, such as the one that it has by default; None: it is tuned.
         schedule: Makes the schedule of the learning rate, in *inner steps*, from the optimizer, such as
             `torch.optim.lr_scheduler.LinearLR`; what is tuned is the rate that it starts from. None: it stays.
+        decay: "cosine" or "linear": the rate falls to 0 at the last inner step, whatever their number. In place of
+            `schedule`.
+        apart: Whether each task gets an optimizer of its own, so that it may look at whole tensors or at all of them;
+            without it the tasks lie side by side in one tensor, which is faster. None: wherever it is none of
+            PyTorch's that work on each coordinate by itself.
     """
 
     name: str
-    optimizer: type[Optimizer]
+    optimizer: Callable[..., Optimizer]
     options: Mapping[str, Any] = field(default_factory=dict)
     lr: float | None = None
     schedule: Callable[[Optimizer], LRScheduler] | None = None
+    decay: Literal["cosine", "linear"] | None = None
+    apart: bool | None = None
 
     def __post_init__(self) -> None:
         """Refuse what is no optimizer or cannot name a folder.
@@ -50,26 +57,48 @@ class Baseline:
         """
         if self.schedule is not None:
             check_callable("a function of the optimizer that makes a schedule", schedule=self.schedule)
+        if self.decay is not None:
+            check_choice(("cosine", "linear"), decay=self.decay)
+            if self.schedule is not None:
+                raise ValueError(f"baseline {self.name} has decay={self.decay} and a schedule; leave one out")
         check_positive(optional=True, lr=self.lr)
         check_type(str, "a text", name=self.name)
         if not self.name.strip(".") or not self.name.isprintable() or set(self.name) & set("/\\"):
             raise ValueError(f"baseline name={brief(self.name)} cannot name a folder; use letters and digits")
-        if not isinstance(self.optimizer, type) or not issubclass(self.optimizer, Optimizer):
+        is_function = callable(self.optimizer) and not isinstance(self.optimizer, type)
+        if not (is_function or (isinstance(self.optimizer, type) and issubclass(self.optimizer, Optimizer))):
             raise TypeError(f"optimizer={brief(self.optimizer)} is no class of optimizers; give torch.optim.Adagrad")
         check_type(Mapping, "its other arguments by name, such as {'eps': 1.0e-8}", options=self.options)
 
-    def at(self, lr: float) -> MakeOptimizer:
-        """The optimizer at a learning rate."""
+    def at(self, lr: float, num_steps: int | None = None) -> MakeOptimizer:
+        """The optimizer at a learning rate.
+
+        Args:
+            lr: The rate, or what it starts from.
+            num_steps: *Inner steps* after which `decay` ends.
+
+        Raises:
+            ValueError: It has a `decay`, and nobody says how many steps there are.
+        """
+        if self.decay is not None and num_steps is None:
+            raise ValueError(f"baseline {self.name} has decay={self.decay}; give num_steps")
 
         def make(named: list[tuple[str, Tensor]]) -> Optimizer:
-            of_class: Callable[..., Optimizer] = self.optimizer
-            optimizer = of_class([p for _, p in named], lr=lr, **self.options)
-            if self.schedule is not None:
-                schedule = self.schedule(optimizer)
+            optimizer = self.optimizer([p for _, p in named], lr=lr, **self.options)
+            make_schedule = self.schedule if self.decay is None else _to_zero(self.decay, num_steps or 1)
+            if make_schedule is not None:
+                schedule = make_schedule(optimizer)
                 optimizer.register_step_post_hook(lambda *_: schedule.step())
             return optimizer
 
-        return make
+        apart = self.optimizer not in COORDINATEWISE if self.apart is None else self.apart
+        return (lambda named: Apart(named, make)) if apart else make
+
+
+def _to_zero(decay: str, num_steps: int) -> Callable[[Optimizer], LRScheduler]:
+    if decay == "cosine":
+        return lambda optimizer: CosineAnnealingLR(optimizer, num_steps)
+    return lambda optimizer: LinearLR(optimizer, 1.0, 0.0, num_steps)
 
 
 BASELINES = (
@@ -79,10 +108,18 @@ BASELINES = (
     Baseline("nag", torch.optim.SGD, {"momentum": 0.9, "nesterov": True}),
     Baseline("adamw", torch.optim.AdamW),
 )
+#: More, for the asking: what people use today.
+MORE = (
+    Baseline("adamw_cosine", torch.optim.AdamW, decay="cosine"),
+    Baseline("nag_cosine", torch.optim.SGD, {"momentum": 0.9, "nesterov": True}, decay="cosine"),
+    Baseline("muon_cosine", MuonAndAdamW, decay="cosine"),
+    Baseline("prodigy", of_package("prodigyopt", "Prodigy"), lr=1.0, decay="cosine"),
+    Baseline("schedulefree", of_package("schedulefree", "AdamWScheduleFree")),
+)
 
 
 def find_baselines(
-    given: Sequence[str | Baseline], reserved: Sequence[str] = (), known: Sequence[Baseline] = BASELINES
+    given: Sequence[str | Baseline], reserved: Sequence[str] = (), known: Sequence[Baseline] = (*BASELINES, *MORE)
 ) -> tuple[Baseline, ...]:
     """Look up those that are given by name.
 
@@ -162,7 +199,7 @@ def tune(
     runs: dict[float, list[Rollout]] = {}
 
     def attempt(lr: float) -> None:
-        runs[lr] = [rollout(baseline.at(lr), task, batch, num_steps, device) for batch in batches]
+        runs[lr] = [rollout(baseline.at(lr, num_steps), task, batch, num_steps, device) for batch in batches]
         final = torch.cat([final_losses(run.losses, final_steps) for run in runs[lr]])
         tried[lr] = float(mean_over_ranks(final.mean()))
 

@@ -184,7 +184,7 @@ def test_a_baseline_with_a_learning_rate_of_its_own_keeps_to_it():
 
 
 def test_tuning_escapes_from_a_grid_where_everything_diverges():
-    exploding = Baseline("exploding", Exploding, {"limit": 5e-4})
+    exploding = Baseline("exploding", Exploding, {"limit": 5e-4}, apart=False)
     tuned = tune(exploding, Floor(), seeds(4), 1, CPU, max_widenings=2)
     assert tuned.lr == 1e-4 and tuned.tried[0.001] == math.inf and tuned.final_loss == 1
 
@@ -200,7 +200,7 @@ def test_tuning_averages_over_ranks():
 
 
 def test_a_diverged_run_counts_as_infinite():
-    losses = rollout(Baseline("exploding", Exploding).at(1.0), Floor(), *seeds(5), 2, CPU).losses
+    losses = rollout(Baseline("exploding", Exploding, apart=False).at(1.0), Floor(), *seeds(5), 2, CPU).losses
     infinite, one = [1.0, math.inf, math.inf], [1.0, 1.0, 1.0]
     assert losses.T.tolist() == [infinite, one, infinite, one, infinite]
     result = Result("exploding", losses.double())
@@ -222,7 +222,7 @@ def test_baselines_by_name_and_by_class():
 @pytest.mark.parametrize(
     "given, message",
     [
-        (["adamm"], "unknown baseline 'adamm'; use adam, rmsprop, sgd, nag, adamw, or .*torch.optim.Adagrad"),
+        (["adamm"], "unknown baseline 'adamm'; use adam, rmsprop, sgd, nag, adamw, .*prodigy, .*torch.optim.Adagrad"),
         (["sgd", "sgd"], "the name 'sgd' is taken"),
         ([Baseline("learned", torch.optim.SGD)], "the name 'learned' is taken"),
     ],
