@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from lightning_l2l.meta.meta_optimizer import MetaOptimizer
     from lightning_l2l.meta.second_order import SecondOrder
     from lightning_l2l.optim import LearnedOptimizer
-    from lightning_l2l.rules import CoordinatewiseLSTM, RNNprop, RuleGroups, UpdateRule
+    from lightning_l2l.rules import CoordinatewiseLSTM, NormalizedMLP, RNNprop, RuleGroups, TensorRule, UpdateRule
     from lightning_l2l.rules.files import load_rule
     from lightning_l2l.tasks import (
         MLP,
@@ -69,7 +69,7 @@ _HOMES = {
     "meta.meta_optimizer": ("MetaOptimizer",),
     "meta.second_order": ("SecondOrder",),
     "optim": ("LearnedOptimizer",),
-    "rules": ("CoordinatewiseLSTM", "RNNprop", "RuleGroups", "UpdateRule"),
+    "rules": ("CoordinatewiseLSTM", "NormalizedMLP", "RNNprop", "RuleGroups", "TensorRule", "UpdateRule"),
     "rules.files": ("load_rule",),
     "tasks": (
         "MLP",
@@ -114,6 +114,7 @@ __all__ = [
     "Mixture",
     "MixtureDataModule",
     "NetworkTask",
+    "NormalizedMLP",
     "Quadratic",
     "QuadraticDataModule",
     "RNNprop",
@@ -124,6 +125,7 @@ __all__ = [
     "SecondOrder",
     "SequenceDataModule",
     "Task",
+    "TensorRule",
     "Transformer",
     "UpdateProposals",
     "UpdateRule",

@@ -9,19 +9,22 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Adam, Optimizer
 
 from lightning_l2l.arguments import brief, check_callable, check_flag, check_type, is_number
-from lightning_l2l.rules import UpdateRule
+from lightning_l2l.rules import RuleGroups, UpdateRule
 from lightning_l2l.rules.files import load_rule
+from lightning_l2l.rules.parameters import check_gradient, check_known, check_options, check_state
 from lightning_l2l.rules.safeguards import new_record, over_ranks, runs_away
-from lightning_l2l.rules.segments import STATE, Segment, lay_out, runs
+from lightning_l2l.rules.segments import Segment, lay_out, runs
+from lightning_l2l.rules.tensors import TensorRule, shapes_of, step_tensor
 
 RECORD = "loss_record"
+CLOCK = "step"
 
 log = logging.getLogger(__name__)
 
@@ -34,16 +37,21 @@ class LearnedOptimizer(Optimizer):
     1 is the rule as it was trained.
 
     State, for a parameter p: `rule_state`, `[state_size, p.numel()]` with the size of its rule's state, in the rule's
-    dtype (float32) whatever the dtype of p, on the device of p, from its first gradient on.
+    dtype (float32) whatever the dtype of p, on the device of p, from its first gradient on. A rule that sees its tensor
+    has `[state_size, *p.shape]`, and beside it `tensor_state`, a vector, and `step`, the number that the optimizer has
+    made: parameters that join later are as far in its schedule as all others.
 
     Args:
         params: Parameters, named parameters, or groups of them as dicts, as `torch.optim.Adam` takes them. A group may
-            have its own `lr`, `weight_decay`, `maximize` and `max_update`. `RuleGroups` need them named.
+            have its own `lr`, `num_steps`, `weight_decay`, `maximize` and `max_update`. `RuleGroups` need them named.
         rule: A rule, or what `load_rule` takes; "general" is the shipped one that has proved best on optimizees which
             it was not meta-trained on. Where it is on another device than a parameter, a copy is made there.
         lr: Factor on the rule's update, at least 0; a number, or a tensor of one.
+        num_steps: Steps that will be made, at least 1, for rules that see the time, such as `NormalizedMLP`; None:
+            nobody knows. Going on beyond it is allowed: the rate stays at its floor. Other rules do not mind it.
         weight_decay: Decoupled, as in `torch.optim.AdamW`: an inner step begins with theta *= 1 - lr * weight_decay.
-            At least 0. Since lr is 1 here rather than 0.001, values are far smaller than AdamW's.
+            At least 0. Since lr is 1 here rather than 0.001, values are far smaller than AdamW's; but a rule that sees
+            its tensor multiplies it by its rate of the moment, so that AdamW's 0.01 to 0.1 mean what they mean there.
         maximize: Go up: the rule is given the gradient of minus the loss.
         max_update: Bound on the absolute update of a coordinate, before lr; above 0. None: no bound.
         skip_nonfinite: Leave out an inner step, its effect on the state included, where any gradient has inf or nan;
@@ -66,12 +74,16 @@ class LearnedOptimizer(Optimizer):
         >>> optimizer.step()
     """
 
+    #: Whether the first dimension of each parameter is that of tasks side by side, which share nothing.
+    side_by_side = False
+
     def __init__(
         self,
         params: Iterable[Any],
         rule: UpdateRule | str | Path = "general",
         lr: float | Tensor = 1.0,
         *,
+        num_steps: int | None = None,
         weight_decay: float = 0.0,
         maximize: bool = False,
         max_update: float | None = None,
@@ -91,7 +103,8 @@ class LearnedOptimizer(Optimizer):
         self._copies: dict[tuple[UpdateRule, torch.device], UpdateRule] = {}
         self._rules: dict[Tensor, UpdateRule] = {}
         self._segments: list[Segment] = []
-        options = {"lr": lr, "weight_decay": weight_decay, "maximize": maximize, "max_update": max_update}
+        options = {"lr": lr, "num_steps": num_steps, "weight_decay": weight_decay}
+        options |= {"maximize": maximize, "max_update": max_update}
         super().__init__(params, options)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -101,20 +114,11 @@ class LearnedOptimizer(Optimizer):
             ValueError: An option is out of its range.
         """
         options = {**self.defaults, **(param_group if isinstance(param_group, dict) else {})}  # torch refuses others
-        lr, decay, bound = options["lr"], options["weight_decay"], options["max_update"]
-        if isinstance(lr, Tensor) and lr.numel() != 1:
-            raise ValueError(f"lr of shape {list(lr.shape)} is not one number; give each group its own lr")
-        if not (is_number(lr) or isinstance(lr, Tensor)) or not lr >= 0:
-            raise ValueError(
-                f"lr={brief(lr)} is not 0 or more; use 1.0 for the rule as it was trained, 0 to stand still"
-            )
-        if not is_number(decay) or not decay >= 0:
-            raise ValueError(f"weight_decay={brief(decay)} is not 0 or more; use 0 for none")
-        if bound is not None and not (is_number(bound) and bound > 0):
-            raise ValueError(f"max_update={brief(bound)} is not above 0; use None for no bound")
+        check_options(options)
         super().add_param_group(param_group)
         try:
             self._find_rules()
+            check_known(param_group["num_steps"], [self._rules[p] for p in param_group["params"]])
         except ValueError:
             self.param_groups.pop()
             raise
@@ -132,6 +136,12 @@ class LearnedOptimizer(Optimizer):
         for name, p in zip(names, params, strict=True):
             of_name.setdefault(name, []).append(p)
         self._rules = {p: rule for rule, found in self.rule.by_name(of_name) for name in found for p in of_name[name]}
+
+    def _seen_as_tensors(self, params: Iterable[Tensor]) -> dict[Tensor, None]:
+        """Those of the parameters whose rule sees more than coordinates."""
+        if not isinstance(self.rule, TensorRule | RuleGroups):
+            return {}
+        return {p: None for p in params if isinstance(self._rule_of(p), TensorRule)}
 
     @property
     def handed_over(self) -> bool:
@@ -156,17 +166,21 @@ class LearnedOptimizer(Optimizer):
             loss = found if loss is None else loss
         group_of = {p: k for k, group in enumerate(self.param_groups) for p in group["params"] if p.grad is not None}
         for p in group_of:
-            _check(p)
+            check_gradient(p)
         if self.fallback_lr is not None and not self.handed_over:
             self._watch(loss, closure is not None)
         if self.handed_over:
             if self._usable([p.grad for p in group_of]):
                 self._fall_back()
             return loss
-        self._lay_out(group_of)
+        whole = self._seen_as_tensors(group_of)
+        self._lay_out(group_of.keys() - whole)
         neighbours = runs(self._segments, group_of)
         fed = [(s, first, last, self._gradient(s, first, last, group_of)) for s, first, last in neighbours]
-        if self._usable([gradient for *_, gradient in fed]):
+        if self._usable([*(gradient for *_, gradient in fed), *(p.grad for p in whole)]):  # type: ignore[list-item]
+            step = max((int(state[CLOCK]) for state in self.state.values() if CLOCK in state), default=0)
+            for p in whole:
+                self._step_tensor(p, self.param_groups[group_of[p]], step)
             for segment, first, last, gradient in fed:
                 columns = slice(segment.offsets[first], segment.offsets[last])
                 with _without_autocast(gradient.device.type):
@@ -207,6 +221,19 @@ class LearnedOptimizer(Optimizer):
         _decay(params, group)
         parts = torch.split(update, [p.numel() for p in params])
         torch._foreach_add_(params, [part.view(p.shape) for part, p in zip(parts, params, strict=True)])
+
+    def _step_tensor(self, p: Tensor, group: dict[str, Any], step: int) -> None:
+        """An inner step of a parameter whose rule sees it as a whole."""
+        with _without_autocast(p.device.type):
+            rule = cast(TensorRule, self._rule_on(self._rule_of(p), p.device))
+            clock = step, group["num_steps"], group["maximize"]
+            update, rate = step_tensor(rule, p, self.state[p], *clock, tasks=self.side_by_side)
+        self.state[p][CLOCK] = torch.tensor(step + 1.0)  # on the host, as Adam's
+        if group["max_update"] is not None:
+            update.clamp_(-group["max_update"], group["max_update"])
+        if group["weight_decay"]:
+            p.mul_(1 - _lr(group) * group["weight_decay"] * rate.to(p.dtype))
+        p.add_(update * _lr(group))
 
     def _lay_out(self, params: Iterable[Tensor]) -> None:
         ordered = (p for group in self.param_groups for p in group["params"])
@@ -262,30 +289,27 @@ class LearnedOptimizer(Optimizer):
         Raises:
             ValueError: The state was saved with another model or another rule.
         """
-        given: dict[Tensor, Any] = {}
+        given: dict[Tensor, dict[str, Tensor]] = {}
 
         def before(_: Optimizer, state_dict: dict[str, Any]) -> None:
-            given.update({p: state_dict["state"].get(k, {}).get(STATE) for p, k in self._match(state_dict)})
-            for p, state in given.items():
-                wanted = [self._rule_of(p).state_size, p.numel()]
-                if state is not None and not (isinstance(state, Tensor) and state.layout == torch.strided):
-                    raise ValueError(f"{STATE} is {brief(state)}, no dense tensor of shape {wanted}; give another file")
-                if state is not None and list(state.shape) != wanted:
-                    raise ValueError(
-                        f"a state of shape {list(state.shape)} does not fit a parameter of shape {list(p.shape)}, "
-                        f"which takes {wanted}: it was saved with another rule or another model"
-                    )
+            for p, k in self._match(state_dict):
+                saved, shapes = state_dict["state"].get(k, {}), shapes_of(self._rule_of(p), p)
+                given[p] = {name: saved[name] for name in shapes if saved.get(name) is not None}
+                for name, state in given[p].items():
+                    check_state(name, state, p, shapes[name])
 
         def after(_: Optimizer) -> None:
             for group in self.param_groups:  # as another optimizer saved them
-                for option in ("lr", "weight_decay", "maximize", "max_update"):
+                for option in ("lr", "num_steps", "weight_decay", "maximize", "max_update"):
                     group.setdefault(option, self.defaults[option])
             # The base class casts floating-point state to the parameter's dtype: take the values from the source.
-            for p, state in given.items():
-                if state is not None:
-                    self.state[p][STATE] = state
+            found = [p for p, states in given.items() if states]
+            whole = self._seen_as_tensors(found)
+            for p in found:
+                like = self._rule_of(p).like
+                self.state[p].update({k: v.to(p.device, like.dtype, copy=True) for k, v in given[p].items()})
             self._segments.clear()
-            self._lay_out([p for p, state in given.items() if state is not None])
+            self._lay_out([p for p in found if p not in whole])
 
         # Hooks, so that those of users find before them what they would with any other optimizer.
         handles = [
@@ -307,15 +331,6 @@ class LearnedOptimizer(Optimizer):
         """What is copied and pickled: all but what can be made anew."""
         kept = {key: self.__dict__[key] for key in ("rule", "skip_nonfinite", "num_skipped", "fallback_lr")}
         return {**super().__getstate__(), **kept, "_copies": {}, "_segments": [], "_rules": {}}
-
-
-def _check(p: Tensor) -> None:
-    kind = "complex" if p.is_complex() else "sparse" if p.grad.layout != torch.strided else None  # type: ignore
-    if kind is not None:
-        raise RuntimeError(
-            f"a gradient of shape {list(p.shape)} is {kind}; LearnedOptimizer takes dense real gradients, "
-            "so give this parameter to another optimizer"
-        )
 
 
 def _without_autocast(device_type: str) -> AbstractContextManager[Any]:

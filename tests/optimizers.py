@@ -12,8 +12,9 @@ import torch
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 
-from lightning_l2l import CoordinatewiseLSTM, LearnedOptimizer, RNNprop
+from lightning_l2l import CoordinatewiseLSTM, LearnedOptimizer, NormalizedMLP, RNNprop
 from lightning_l2l.rules import UpdateRule
+from lightning_l2l.rules.inputs import INPUTS
 
 SHAPES = [(3, 4), (), (0,), (5,), (1, 2, 17)]
 
@@ -76,6 +77,22 @@ def learned(params, **options):
         return LearnedOptimizer(params, CoordinatewiseLSTM(hidden_size=4), **options)
 
 
+#: Always at the rate 1, so that a parameter does not mind when it gets its gradients. With the time: test_tensors.py.
+UNTIMED = {"schedule": "constant", "step_size": 1.0, "warmup": 0}
+
+
+def unlearned(params, **options):
+    return LearnedOptimizer(params, NormalizedMLP(hidden_size=0, **UNTIMED), **options)
+
+
+def normalized(params, **options):
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        rule = NormalizedMLP(hidden_size=3, max_scale=2.0, inputs=list(INPUTS), **UNTIMED)
+        nn.init.normal_(rule.readout.weight)
+    return LearnedOptimizer(params, rule, **options)
+
+
 def own(params, **options):
     return LearnedOptimizer(params, Momentum(), **options)
 
@@ -84,7 +101,7 @@ def adam(params, **options):
     return torch.optim.AdamW(params, **{"lr": 0.05, "weight_decay": 0.0, **options})  # AdamW: its decay is decoupled
 
 
-MAKERS = [learned, own, adam]
+MAKERS = [learned, unlearned, normalized, own, adam]
 
 
 def through_a_file(content):

@@ -216,7 +216,7 @@ class LearningCurves(Callback):
         task, num_steps = _setting(pl_module)
         with trainer.precision_plugin.test_step_context():  # the rule's own run was in it
             for tuned in self.tuned:
-                run = rollout(tuned.baseline.at(tuned.lr), task, batch, num_steps, pl_module.device)
+                run = rollout(tuned.baseline.at(tuned.lr, num_steps), task, batch, num_steps, pl_module.device)
                 self._runs[tuned.baseline.name].append(run)
 
     def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

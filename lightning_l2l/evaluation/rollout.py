@@ -11,10 +11,18 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from lightning_l2l.evaluation.apart import Apart
+from lightning_l2l.optim import LearnedOptimizer
 from lightning_l2l.tasks.base import Batch, Task, check_losses, init_from_seeds
 from lightning_l2l.tasks.batches import get_entries
 
 MakeOptimizer = Callable[[list[tuple[str, Tensor]]], Optimizer]
+
+
+class SideBySide(LearnedOptimizer):
+    """As `LearnedOptimizer`, of tasks in the first dimension of each parameter."""
+
+    side_by_side = True
 
 
 @dataclass(frozen=True)
@@ -58,16 +66,22 @@ def rollout(make_optimizer: MakeOptimizer, task: Task, batch: Batch, num_steps: 
     optimizer = make_optimizer(list(leaves.items()))
     num_tasks = len(seeds)
     losses = torch.empty(0)
+    averages = optimizer if isinstance(optimizer, Apart) and optimizer.mode(training=True) else None
     start = time.perf_counter()
     with torch.enable_grad():
         for t in range(num_steps + 1):
+            if averages is not None:  # at the parameters that are to be used, not at those that are trained
+                averages.mode(training=False)
+                with torch.no_grad():
+                    in_use = task.loss({**leaves, **buffers}, batch, t)
+                averages.mode(training=True)
             per_task = task.loss({**leaves, **buffers}, batch, t)
             if t == 0:
                 check_losses(per_task, num_tasks, at_start=True)
                 losses = per_task.detach().new_empty(
                     num_steps + 1, num_tasks
                 )  # not many small ones, which fragment the heap
-            losses[t] = per_task.detach()
+            losses[t] = per_task.detach() if averages is None else in_use
             if t < num_steps:
                 optimizer.zero_grad()
                 # The sum: each task's gradient is its own, untouched by how many tasks lie beside it.
@@ -76,5 +90,7 @@ def rollout(make_optimizer: MakeOptimizer, task: Task, batch: Batch, num_steps: 
     if device.type != "cpu":
         torch.accelerator.synchronize(device)  # the clock must not stop before the device does
     seconds = time.perf_counter() - start
+    if averages is not None:
+        averages.mode(training=False)
     unseen = task.unseen({**{name: p.detach() for name, p in leaves.items()}, **buffers}, batch)
     return Rollout(losses.masked_fill_(~losses.isfinite(), math.inf), unseen, seconds)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from lightning_l2l.meta.imitation import Lessons
-from lightning_l2l.rules.base import UpdateRule
+from lightning_l2l.rules.base import Seen, UpdateRule
 from lightning_l2l.tasks.base import Batch, Task, check_losses, init_from_seeds
 from lightning_l2l.tasks.batches import get_entries
 
@@ -27,14 +27,16 @@ class Part:
     Attributes:
         rule: By which.
         names: Parameters that they are.
+        shapes: Of those parameters.
         theta: `[num_tasks, coordinates of one]`.
-        state: The rule's state, `[state_size, num_coordinates]`.
+        state: The rule's, as `UpdateRule.init_states` makes it.
         gradient: Gradient at `theta`, `[num_tasks, coordinates of one]`.
         lessons: What the rule is to imitate, if anything.
     """
 
     rule: UpdateRule
     names: list[str]
+    shapes: list[torch.Size]
     theta: Tensor
     state: Tensor
     gradient: Tensor
@@ -53,6 +55,7 @@ class Episode:
         params: Views of the parts' `theta` by name, `[num_tasks, ...]`, leaves of autograd.
         variables: `params` and the optimizees' buffers together, as `Task.loss` takes them.
         losses: Loss of each task at theta, `[num_tasks]`.
+        num_steps: *Inner steps* that the episode is to have, if that is known: some rules see it.
         step: Inner steps made so far.
     """
 
@@ -63,6 +66,7 @@ class Episode:
     params: dict[str, Tensor]
     variables: dict[str, Tensor]
     losses: Tensor
+    num_steps: int | None = None
     step: int = 0
 
     @property
@@ -71,14 +75,20 @@ class Episode:
         return any(part.lessons is not None for part in self.parts)
 
     @classmethod
-    def start(cls, task: Task, rule: UpdateRule, batch: Batch) -> Episode:
+    def start(cls, task: Task, rule: UpdateRule, batch: Batch, num_steps: int | None = None) -> Episode:
         """Begin an episode at the starting points that `batch["seed"]` `[num_tasks]` determines.
+
+        Args:
+            task: What is optimised.
+            rule: By what.
+            batch: The data of the episode.
+            num_steps: *Inner steps* that it is to have, if known.
 
         Raises:
             ValueError: The task's loss has the wrong shape, or is not finite at the start.
         """
         (seeds,) = get_entries(batch, "seed")
-        like = next(rule.parameters())
+        like = rule.like
         task = task.of_episode(batch)
         start, buffers = init_from_seeds(task, seeds, device=like.device)
         parts, params = [], {}
@@ -86,12 +96,17 @@ class Episode:
             theta = torch.cat([start[name].flatten(1) for name in names], 1)
             for name, values in zip(names, split(theta, [start[name] for name in names]), strict=True):
                 params[name] = values.detach().requires_grad_()
-            state = one.init_state(theta.numel(), device=like.device, dtype=like.dtype)
-            parts.append(Part(one, names, theta, state, torch.empty_like(theta)))
-        episode = cls(rule, task, batch, parts, params, {**params, **buffers}, like.new_empty(0))
+            shapes = [start[name].shape[1:] for name in names]
+            state = one.init_states(len(theta), shapes, device=like.device, dtype=like.dtype)
+            parts.append(Part(one, names, shapes, theta, state, torch.empty_like(theta)))
+        episode = cls(rule, task, batch, parts, params, {**params, **buffers}, like.new_empty(0), num_steps)
         episode.evaluate([part.gradient for part in parts])
         check_losses(episode.losses, len(seeds), at_start=True)
         return episode
+
+    def seen_by(self, part: Part) -> Seen:
+        """What the rule of a part may see beside gradient and state, before the next inner step."""
+        return Seen(part.theta, part.shapes, self.step, self.num_steps)
 
     def evaluate(self, gradients: list[Tensor]) -> None:
         """Loss of each task and its gradient at theta, part by part, on the minibatch that belongs to it."""

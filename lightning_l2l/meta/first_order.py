@@ -56,12 +56,12 @@ class FirstOrder(MetaGradient):
         buffers = self._buffers_for(episode, num_steps)
         for part, (unroller, gradients) in zip(episode.parts, buffers, strict=True):
             gradients[0].copy_(part.gradient)
-            unroller.begin(part.state)
+            unroller.begin(part.state, episode.seen_by(part))
         losses = []
         missed = [Misses(part.lessons, num_steps) if part.lessons is not None else None for part in episode.parts]
         for t in range(num_steps):
             for part, (unroller, gradients), misses in zip(episode.parts, buffers, missed, strict=True):
-                update = unroller.step(gradients[t].view(-1), part.state)
+                update = unroller.step(gradients[t].view(-1), part.state, episode.seen_by(part))
                 part.theta.add_(update.view(part.theta.shape))
                 if misses is not None:
                     misses.add(t, update, gradients[t])
@@ -90,7 +90,7 @@ class FirstOrder(MetaGradient):
 
     def _buffers_for(self, episode: Episode, num_steps: int) -> list[tuple[RuleUnroll, Tensor]]:
         """For each part its unroll, and the gradients `[num_steps + 1, num_tasks, coordinates of one]`."""
-        like = next(episode.rule.parameters())
+        like = episode.rule.like
         key = (*((part.rule, part.theta.shape) for part in episode.parts), num_steps, like.device, like.dtype)
         if key not in self._buffers:
             self._buffers.clear()  # another size: the old buffers may be large

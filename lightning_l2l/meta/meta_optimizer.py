@@ -27,13 +27,12 @@ from lightning_l2l.arguments import (
     check_type,
 )
 from lightning_l2l.evaluation.results import final_losses
-from lightning_l2l.evaluation.rollout import Rollout, rollout
+from lightning_l2l.evaluation.rollout import Rollout, SideBySide, rollout
 from lightning_l2l.meta.first_order import FirstOrder
 from lightning_l2l.meta.hyperparameters import as_of_now, describe_imitation
 from lightning_l2l.meta.imitation import Imitation
 from lightning_l2l.meta.meta_gradient import MetaGradient
 from lightning_l2l.meta.unroll import Unroll
-from lightning_l2l.optim import LearnedOptimizer
 from lightning_l2l.rules import UpdateRule
 from lightning_l2l.rules.describe import describe
 from lightning_l2l.rules.files import read_checkpoint, start_from
@@ -223,7 +222,7 @@ class MetaOptimizer(LightningModule):
     def training_step(self, batch: Batch, batch_idx: int) -> None:
         """One episode, one outer step a truncation."""
         optimizer = self.optimizers()
-        episode = self.unroll.start(batch, self.current_epoch)
+        episode = self.unroll.start(batch, self.current_epoch, self.train_steps)
         total, largest, imitated = (torch.zeros((), device=self.device) for _ in range(3))
         weights_of_all = LOSS_WEIGHTS[self.loss_weights](self.train_steps)
         for first in range(0, self.train_steps, self.unroll_length):
@@ -281,7 +280,7 @@ class MetaOptimizer(LightningModule):
 
         def learned(params: list[tuple[str, Tensor]]) -> Optimizer:
             # Tasks lie side by side in one tensor: one that fails must not hold up the others.
-            return LearnedOptimizer(params, self.rule, skip_nonfinite=False)
+            return SideBySide(params, self.rule, num_steps=self.num_steps, skip_nonfinite=False)
 
         return rollout(learned, self.task, batch, self.num_steps, self.device)
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from lightning_l2l.meta.episode import Episode, split
 from lightning_l2l.meta.meta_gradient import MetaGradient, Truncation, weighted
+from lightning_l2l.rules.base import Seen
 
 
 class SecondOrder(MetaGradient):
@@ -37,7 +38,8 @@ class SecondOrder(MetaGradient):
                     losses.append(per_task)
                 if t < num_steps:
                     for k, part in enumerate(parts):
-                        update, states[k] = part.rule(gradients[k].flatten(), states[k])
+                        seen = Seen(thetas[k], part.shapes, episode.step, episode.num_steps)
+                        update, states[k] = part.rule.updates(gradients[k].flatten(), states[k], seen)
                         thetas[k] = thetas[k] + update.view_as(thetas[k])
                     episode.step += 1
         for part, theta, state, gradient in zip(parts, thetas, states, gradients, strict=True):

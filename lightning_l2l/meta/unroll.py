@@ -42,17 +42,18 @@ class Unroll:
             name = type(self.meta_gradient).__name__
             raise ValueError(f"imitation and meta_gradient={name} do not go together; leave one out")
 
-    def start(self, batch: Batch, epoch: int = 0) -> Episode:
+    def start(self, batch: Batch, epoch: int = 0, num_steps: int | None = None) -> Episode:
         """Begin an episode at the starting points that `batch["seed"]` `[num_tasks]` determines.
 
         Args:
             batch: Its data.
             epoch: From 0; the weight of an imitation may depend on it.
+            num_steps: *Inner steps* that the episode is to have, for rules that see it; None: nobody knows.
 
         Raises:
             ValueError: The task's loss has the wrong shape, or is not finite at the start.
         """
-        episode = Episode.start(self.task, self.rule, batch)
+        episode = Episode.start(self.task, self.rule, batch, num_steps)
         weight = 0.0 if self.imitation is None else self.imitation.weight_at(epoch)
         if self.imitation is not None and weight:
             for part in episode.parts:

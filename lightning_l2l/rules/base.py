@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import chain
 from typing import Any, Literal
 
 import torch
@@ -29,6 +32,23 @@ def blocks(num_coordinates: int, largest: int) -> Iterator[slice]:
     size = max(min(-(-size // 8) * 8, largest), 1)  # whole vector registers
     for start in range(0, num_coordinates, size):
         yield slice(start, min(start + size, num_coordinates))
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What a rule may see beside gradient and state; those that work on each coordinate by itself ignore it.
+
+    Attributes:
+        theta: Where the gradient was taken, `[num_tasks, coordinates of one]`.
+        shapes: Of the tensors that lie one after the other in a row of it.
+        step: *Inner steps* made before this one.
+        num_steps: *Inner steps* that an optimizee is trained for; None: nobody knows.
+    """
+
+    theta: Tensor
+    shapes: Sequence[Sequence[int]]
+    step: int = 0
+    num_steps: int | None = None
 
 
 class UpdateRule(nn.Module, ABC):
@@ -79,6 +99,11 @@ class UpdateRule(nn.Module, ABC):
             The update `[num_coordinates]`, to be added to the optimizee's parameters, and the next state.
         """
 
+    @property
+    def like(self) -> Tensor:
+        """A tensor with the device and the dtype of the rule, which may have nothing that is learned."""
+        return next(chain(self.parameters(), self.buffers()), torch.empty(0))
+
     def by_name(self, names: Iterable[str | None]) -> list[tuple[UpdateRule, list[Any]]]:
         """Which rule updates which parameters: here this one all of them; `RuleGroups` has several.
 
@@ -89,6 +114,19 @@ class UpdateRule(nn.Module, ABC):
             Rules, each with its names in the order given.
         """
         return [(self, list(names))]
+
+    def updates(self, gradient: Tensor, state: Tensor, seen: Seen | None = None) -> tuple[Tensor, Tensor]:
+        """One inner step of all tensors of all tasks, differentiable by autograd.
+
+        Args:
+            gradient: `[num_coordinates]`.
+            state: As `init_states` made it.
+            seen: What else there is to see.
+
+        Returns:
+            The update `[num_coordinates]`, and the next state.
+        """
+        return self(gradient, state)  # type: ignore[no-any-return]
 
     @torch.no_grad()
     def step_(self, gradient: Tensor, state: Tensor) -> Tensor:
@@ -111,6 +149,17 @@ class UpdateRule(nn.Module, ABC):
     ) -> Tensor:
         """State before the first inner step: zeros `[state_size, num_coordinates]`, float32 by default."""
         return torch.zeros(self.state_size, num_coordinates, device=device, dtype=dtype or torch.float32)
+
+    def init_states(
+        self,
+        num_tasks: int,
+        shapes: Sequence[Sequence[int]],
+        *,
+        device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> Tensor:
+        """State before the first inner step of tensors of these shapes, of so many tasks side by side."""
+        return self.init_state(num_tasks * sum(map(math.prod, shapes)), device=device, dtype=dtype)
 
     def unroller(
         self,
@@ -141,11 +190,11 @@ class RuleUnroll(ABC):
     """
 
     @abstractmethod
-    def begin(self, state: Tensor) -> None:
-        """Start from `state` `[state_size, num_coordinates]`, with the meta-parameters as they are now."""
+    def begin(self, state: Tensor, seen: Seen | None = None) -> None:
+        """Start from `state` and what there is to see at the first step, with the meta-parameters as they are now."""
 
     @abstractmethod
-    def step(self, gradient: Tensor, state: Tensor) -> Tensor:
+    def step(self, gradient: Tensor, state: Tensor, seen: Seen | None = None) -> Tensor:
         """One inner step: gradient `[num_coordinates]` -> update `[num_coordinates]`.
 
         `state` is the same tensor at every step, at first as it was given to `begin`; it is the unroll's to write to,
@@ -185,15 +234,15 @@ class AutogradUnroll(RuleUnroll):
     """
 
     def __init__(self, rule: UpdateRule, num_coordinates: int, *, block: int | None = None) -> None:
-        self.rule, like = rule, next(rule.parameters())
+        self.rule, like = rule, rule.like
         self.blocks = list(blocks(num_coordinates, block or block_size(like)))
         self.first = rule.init_state(num_coordinates, device=like.device, dtype=like.dtype)
 
-    def begin(self, state: Tensor) -> None:
+    def begin(self, state: Tensor, seen: Seen | None = None) -> None:
         """See `RuleUnroll.begin`."""
         self.first.copy_(state)
 
-    def step(self, gradient: Tensor, state: Tensor) -> Tensor:
+    def step(self, gradient: Tensor, state: Tensor, seen: Seen | None = None) -> Tensor:
         """See `RuleUnroll.step`."""
         return self.rule.step_(gradient, state)
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_l2l.arguments import brief, check_at_least, check_choice, check_fits_memory, is_number
-from lightning_l2l.rules.base import Memory, RuleUnroll, UpdateRule, block_size, blocks, cotangents
+from lightning_l2l.rules.base import Memory, RuleUnroll, Seen, UpdateRule, block_size, blocks, cotangents
 from lightning_l2l.rules.kernels.fused import FusedLSTM, FusedRule, FusedUnroll, check_count, fused_for
 from lightning_l2l.rules.kernels.lstm_kernel import Block, LSTMShape, Scratch, pack, step_in_place, unpack_gradients
 from lightning_l2l.rules.preprocessing import PREPROCESSING
@@ -240,7 +240,7 @@ class _LSTMUnroll(RuleUnroll):
         return self.shared[size]
 
     @torch.no_grad()
-    def begin(self, state: Tensor) -> None:
+    def begin(self, state: Tensor, seen: Seen | None = None) -> None:
         rule = self.rule
         self.weights = pack(self.shape, rule.layers(), (rule.readout.weight, rule.readout.bias), rule.output_scale)
         self.count = 0
@@ -251,7 +251,7 @@ class _LSTMUnroll(RuleUnroll):
             block.load(state[:, part])
 
     @torch.no_grad()
-    def step(self, gradient: Tensor, state: Tensor) -> Tensor:
+    def step(self, gradient: Tensor, state: Tensor, seen: Seen | None = None) -> Tensor:
         x = self.rule.preprocess(gradient)
         if self.flat:
             for part, update in zip(self.parts, self.updates, strict=True):

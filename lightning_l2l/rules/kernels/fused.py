@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_l2l.rules.base import RuleUnroll
+from lightning_l2l.rules.base import RuleUnroll, Seen
 from lightning_l2l.rules.kernels.compiled import NotCompiled, load_compiled
 
 SOURCE = Path(__file__).with_name("fused.c")
@@ -163,13 +163,13 @@ class FusedUnroll(RuleUnroll):
         self.pack, self.first, self.num_steps = pack, first, num_steps
         self.count = 0
 
-    def begin(self, state: Tensor) -> None:
+    def begin(self, state: Tensor, seen: Seen | None = None) -> None:
         """See `RuleUnroll.begin`."""
         self.fused = self.pack()
         self.first.copy_(state)
         self.count = 0
 
-    def step(self, gradient: Tensor, state: Tensor) -> Tensor:
+    def step(self, gradient: Tensor, state: Tensor, seen: Seen | None = None) -> Tensor:
         """See `RuleUnroll.step`."""
         self.count += 1
         return self.fused.step_(gradient, state)
