@@ -23,9 +23,9 @@ from torch.optim import Optimizer
 from lightning_l2l.evaluation.baselines import BASELINES, Baseline
 from lightning_l2l.evaluation.figures import look
 from lightning_l2l.evaluation.learning_curves import LEARNED, LearningCurves
-from lightning_l2l.evaluation.rollout import MakeOptimizer, rollout
+from lightning_l2l.evaluation.rollout import MakeOptimizer, SideBySide, rollout
 from lightning_l2l.optim import LearnedOptimizer
-from lightning_l2l.rules import UpdateRule
+from lightning_l2l.rules import TensorRule, UpdateRule
 from lightning_l2l.runs.trainer import figure_due, log_folder, shown, tensorboards, writes
 from lightning_l2l.tasks import Task
 from lightning_l2l.tasks.base import Batch
@@ -92,7 +92,7 @@ def record_gradients(rule: UpdateRule, task: Task, batch: Batch, num_steps: int,
             found = [torch.zeros_like(p) if p.grad is None else p.grad for _, p in params]
             gradients.append(torch.cat([gradient.flatten() for gradient in found]).float())
 
-        optimizer = LearnedOptimizer(params, rule)
+        optimizer = SideBySide(params, rule)
         optimizer.register_step_pre_hook(record)
         return optimizer
 
@@ -317,6 +317,9 @@ class UpdateProposals(Callback):
             steps = sorted({min(step, num_steps) for step in self.steps})
             title = f"Updates proposed for {stage} task 0, coordinate {coordinate} of {count}, {num_steps} inner steps"
             ((rule, _),) = rule.by_name([_parameter_of(task, coordinate)])
+            if isinstance(rule, TensorRule):
+                told = f"{type(rule).__name__} sees whole tensors, and has no proposal for a coordinate"
+                raise ValueError(f"{told}; leave UpdateProposals out")
             return proposals_figure(rule, self._baselines(trainer), gradients[:, coordinate], steps, title)
 
     def _baselines(self, trainer: Trainer) -> list[tuple[Baseline, float]]:

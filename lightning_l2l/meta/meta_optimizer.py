@@ -155,8 +155,6 @@ class MetaOptimizer(LightningModule):
         check_callable("a class, such as torch.optim.Adam", optimizer=optimizer)
         if lr_scheduler is not None:
             check_callable("a function of the optimizer that makes a schedule", lr_scheduler=lr_scheduler)
-        if not any(True for _ in rule.parameters()):
-            raise ValueError(f"rule={brief(rule)} has no parameters to meta-train; give one that has some")
         if start is not None:
             start_from(start, rule)
         self.automatic_optimization = False
@@ -201,8 +199,11 @@ class MetaOptimizer(LightningModule):
         """The meta-optimizer at the meta-learning rate, with its schedule.
 
         Raises:
-            ValueError: `anneal` is on and the Trainer has no `max_epochs`, or the meta-optimizer is LBFGS.
+            ValueError: The rule has nothing to learn, `anneal` is on and the Trainer has no `max_epochs`, or the
+                meta-optimizer is LBFGS.
         """
+        if not any(True for _ in self.rule.parameters()):
+            raise ValueError(f"rule={brief(self.rule)} has no parameters to meta-train; give one that has some")
         optimizer = self.optimizer(self.rule.parameters())
         if isinstance(optimizer, LBFGS):
             raise ValueError("optimizer=LBFGS evaluates an episode several times a step; use torch.optim.Adam")

@@ -505,7 +505,10 @@ PYTHON = {
     ),
     "a network for a task": (lambda: untrained(task=nn.Linear(1, 1)), "task=.* is a Linear; give a Task"),
     "a rule by its name": (lambda: untrained(rule="mnist"), "rule='mnist' is a str; give an UpdateRule"),
-    "a rule without parameters": (lambda: untrained(rule=NoParameters(2)), "has no parameters to meta-train"),
+    "a rule without parameters": (
+        lambda: untrained(rule=NoParameters(2)).configure_optimizers(),
+        "has no parameters to meta-train",
+    ),
     "an optimizer that is made": (
         lambda: untrained(optimizer=torch.optim.Adam([param()])),
         "optimizer=.* cannot be called",

@@ -353,3 +353,9 @@ def test_on_the_command_line(tmp_path, monkeypatch, capsys, drawn, by_yaml):
     # tuned on the validation tasks by fit and test alike
     assert [(b.name, lr) for b, lr in drawn[-1][1]] == rates and {lr for _, lr in rates} != {0.03}
     assert "test task 0" in drawn[-1][4]
+
+
+def test_a_rule_that_sees_whole_tensors_is_told_that_it_has_none(in_tmp_path):
+    flags = ["--model.rule=lightning_l2l.NormalizedMLP", *(f for f in TINY_FIT if "hidden_size" not in f)]
+    with pytest.raises(ValueError, match=r"NormalizedMLP sees whole tensors.*; leave UpdateProposals out"):
+        main(["fit", *flags, "--trainer.callbacks=lightning_l2l.UpdateProposals", "--curves.baselines=[]"])

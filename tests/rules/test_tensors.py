@@ -5,9 +5,13 @@ import math
 
 import pytest
 import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_l2l import LearnedOptimizer, NormalizedMLP, TensorRule
+from commandline import TINY, TINY_FIT
+from lightning_l2l import LearnedOptimizer, NormalizedMLP, TensorRule, main
 from lightning_l2l.evaluation.rollout import SideBySide, rollout
 from lightning_l2l.meta.first_order import FirstOrder
 from lightning_l2l.meta.second_order import SecondOrder
@@ -401,3 +405,82 @@ def test_each_input_alone_makes_a_rule():
         params = parameters(shapes=SHAPES)
         feed(LearnedOptimizer(params, rule, num_steps=4), params, gradients(params, 4))
         assert all(bool(p.isfinite().all()) for p in params), name
+
+
+# ---- from the command line, and with Lightning ----
+
+TINY_MLP = [
+    "--model.rule=lightning_l2l.NormalizedMLP",
+    "--model.rule.hidden_size=6",
+    "--model.rule.inputs=[ratio, theta, time]",
+    *(flag for flag in TINY_FIT if "hidden_size" not in flag and "epochs" not in flag),
+    "--curves.baselines=[]",
+]
+
+
+def test_it_is_meta_trained_goes_on_bit_for_bit_and_is_tested(in_tmp_path):
+    main(["fit", *TINY_MLP, "--trainer.max_epochs=4", "--trainer.default_root_dir=straight"])
+    main(["fit", *TINY_MLP, "--trainer.max_epochs=2", "--trainer.default_root_dir=cut"])
+    main(["fit", *TINY_MLP, "--trainer.max_epochs=4", "--trainer.default_root_dir=cut", "--ckpt_path=last"])
+    a, b = (load_rule(f"{folder}/lightning_logs/version_0/checkpoints/last.ckpt") for folder in ("straight", "cut"))
+    start = NormalizedMLP(hidden_size=6, inputs=["ratio", "theta", "time"])
+    assert bool(a.readout.weight.any()) and not bool(start.readout.weight.any())
+    for one, other in zip(a.parameters(), b.parameters(), strict=True):
+        assert torch.equal(one, other)
+    last = "straight/lightning_logs/version_0/checkpoints/last.ckpt"
+    main(["test", "--config=straight/lightning_logs/version_0/config.yaml", f"--ckpt_path={last}"])
+
+
+def test_the_unlearned_one_is_compared_with_what_people_use_but_not_meta_trained(in_tmp_path, capsys):
+    save_rule(NormalizedMLP(hidden_size=0), in_tmp_path / "unlearned.npz")
+    sizes = [flag for flag in TINY if "hidden_size" not in flag]
+    main(["test", "--ckpt_path=unlearned.npz", *sizes, "--curves.baselines=[adamw_cosine, muon_cosine, schedulefree]"])
+    told = capsys.readouterr().out
+    for name in ("learned", "adamw_cosine", "muon_cosine", "schedulefree"):
+        assert f"  {name} " in told
+    with pytest.raises(ValueError, match="has no parameters to meta-train"):
+        main(["fit", "--model.rule=lightning_l2l.NormalizedMLP", "--model.rule.hidden_size=0", *TINY_MLP[3:]])
+
+
+class Regression(LightningModule):
+    """A model as users have one, whose optimizer is told how many steps the trainer will make."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = nn.Linear(3, 2)
+
+    def training_step(self, batch):
+        return (self.net(batch[0]) - batch[1]).square().mean()
+
+    def configure_optimizers(self):
+        num_steps = self.trainer.estimated_stepping_batches
+        return LearnedOptimizer(self.parameters(), NormalizedMLP(hidden_size=0), num_steps=num_steps)
+
+
+class Interrupted(Callback):
+    """Ends a run after two epochs."""
+
+    def on_train_epoch_end(self, trainer, module):
+        trainer.should_stop = trainer.current_epoch == 1
+
+
+@pytest.mark.filterwarnings("ignore:.*does not have many workers")
+@pytest.mark.filterwarnings("ignore:Checkpoint directory")
+def test_lightning_tells_the_number_of_steps_and_goes_on_at_the_moment(in_tmp_path):
+    def fit(*callbacks, resume=None):
+        torch.manual_seed(0)
+        model = Regression()
+        loader = DataLoader(TensorDataset(normal(12, 3, seed=1), normal(12, 2, seed=2)), batch_size=4)
+        options = {"accelerator": "cpu", "enable_progress_bar": False, "logger": False, "enable_model_summary": False}
+        Trainer(max_epochs=4, callbacks=list(callbacks), **options).fit(model, loader, ckpt_path=resume)
+        return model
+
+    straight = fit(ModelCheckpoint("straight"))
+    optimizer = straight.trainer.optimizers[0]
+    assert optimizer.param_groups[0]["num_steps"] == 12
+    assert [int(state["step"]) for state in optimizer.state.values()] == [12, 12]
+    cut = fit(ModelCheckpoint("cut", save_last=True), Interrupted())
+    assert [int(state["step"]) for state in cut.trainer.optimizers[0].state.values()] == [6, 6]
+    again = fit(ModelCheckpoint("cut"), resume=in_tmp_path / "cut" / "last.ckpt")
+    for a, b in zip(again.parameters(), straight.parameters(), strict=True):
+        assert torch.equal(a, b)
