@@ -415,6 +415,7 @@ TINY_MLP = [
     "--model.rule.inputs=[ratio, theta, time]",
     *(flag for flag in TINY_FIT if "hidden_size" not in flag and "epochs" not in flag),
     "--curves.baselines=[]",
+    "--model.anneal=false",
 ]
 
 
