@@ -88,20 +88,44 @@ class Result:
 
     def steps_to(self, loss: float) -> int | None:
         """First inner step at which the mean over the tasks and the last `final_steps` steps is at most `loss`."""
-        curve = self.mean.tolist()
-        for step in range(1, len(curve)):
-            window = curve[max(1, step - self.final_steps + 1) : step + 1]
-            if sum(window) / len(window) <= loss:
-                return step
-        return None
+        return next((step for step, mean in enumerate(self._smoothed(), 1) if mean <= loss), None)
 
-    def row(self, reference: float, goal: float | None) -> dict[str, object]:
+    def steps_below(self, loss: float) -> int | None:
+        """First inner step from which on that mean stays at or below `loss`; None if it ends above."""
+        above = [step for step, mean in enumerate(self._smoothed(), 1) if not mean <= loss]
+        first = above[-1] + 1 if above else 1
+        return first if first < len(self.losses) else None
+
+    def _smoothed(self) -> list[float]:
+        """Mean over the tasks and the last `final_steps` steps, at the inner steps 1 to num_steps."""
+        curve = self.mean.tolist()
+        windows = (curve[max(1, step - self.final_steps + 1) : step + 1] for step in range(1, len(curve)))
+        return [sum(window) / len(window) for window in windows]
+
+    def speed_up(self, best: Result) -> tuple[float, float]:
+        """After which share of its steps, and of its seconds, a rule is where another optimizer ends, for good.
+
+        Unlike a ratio of losses it does not end at 1 where the loss has a floor.
+
+        Args:
+            best: The other, with as many steps.
+
+        Returns:
+            `steps_below` its final loss, divided by the number of steps; and the time that they take, divided by the
+            time of all steps of the other. Inf where the rule ends above, nan where a time is not known.
+        """
+        steps = self.steps_below(best.final_loss)
+        share = math.inf if steps is None else steps / (len(self.losses) - 1)
+        return share, share * ratio(self.seconds_per_step, best.seconds_per_step)
+
+    def row(self, best: Result | None, goal: float | None) -> dict[str, object]:
         """All figures, as in `comparison.csv`.
 
         Args:
-            reference: Final loss to which "ratio" relates.
+            best: The best of the tuned optimizers: "ratio", "share_of_steps" and "share_of_seconds" relate to it.
             goal: Loss to which "steps_to_adam" counts.
         """
+        steps, seconds = (math.nan, math.nan) if best is None else self.speed_up(best)
         return {
             "optimizer": self.name,
             "lr": self.lr,
@@ -110,7 +134,9 @@ class Result:
             "median": self.final_quantile(0.5),
             "quantile_0.1": self.final_quantile(0.1),
             "quantile_0.9": self.final_quantile(0.9),
-            "ratio": ratio(self.final_loss, reference),
+            "ratio": math.nan if best is None else ratio(self.final_loss, best.final_loss),
+            "share_of_steps": steps,
+            "share_of_seconds": seconds,
             "trajectory_loss": self.trajectory_loss,
             "steps_to_adam": None if goal is None else self.steps_to(goal),
             "diverged": self.diverged,
@@ -133,6 +159,11 @@ def ratio(loss: float, reference: float) -> float:
     return loss / reference if reference and math.isfinite(reference) else math.nan
 
 
+def best_of(results: Sequence[Result]) -> Result | None:
+    """The one with the smallest mean final loss; None if there are no results."""
+    return min(results, key=lambda result: result.final_loss, default=None)
+
+
 def best_final_loss(results: Sequence[Result]) -> float:
     """The smallest mean final loss; nan if there are no results."""
     return min((result.final_loss for result in results), default=math.nan)
@@ -145,8 +176,8 @@ def adam_final_loss(results: Sequence[Result]) -> float | None:
 
 def comparison_rows(results: Sequence[Result]) -> list[dict[str, object]]:
     """All figures of each optimizer, from results of which the rule's is the first."""
-    reference, goal = best_final_loss(results[1:]), adam_final_loss(results)
-    return [result.row(reference, goal) for result in results]
+    best, goal = best_of(results[1:]), adam_final_loss(results)
+    return [result.row(best, goal) for result in results]
 
 
 def write_comparison(path: Path, results: Sequence[Result]) -> None:

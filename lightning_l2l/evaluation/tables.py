@@ -12,7 +12,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from lightning_l2l.evaluation.results import Result, adam_final_loss, best_final_loss, ratio
+from lightning_l2l.evaluation.results import Result, adam_final_loss, best_final_loss, best_of, ratio
 
 
 @dataclass(frozen=True)
@@ -93,6 +93,13 @@ def _course_table(results: Sequence[Result]) -> Table:
     if goal is not None:
         columns.append("to Adam's")
         table.caption += "; to Adam's: steps until tuned Adam's final loss is reached, - if it is not"
+    best = best_of(results[1:])
+    if best is not None:
+        columns.append("to the best's")
+        table.caption += (
+            "; to the best's: share of the steps/of the seconds after which the loss stays below the final loss of "
+            "the best tuned optimizer"
+        )
     figures = list(results[0].unseen)
     if figures:
         columns += [f"unseen {name}" for name in figures]
@@ -104,6 +111,8 @@ def _course_table(results: Sequence[Result]) -> Table:
         if goal is not None:
             steps = r.steps_to(goal)
             row.append("-" if steps is None else str(steps))
+        if best is not None:
+            row.append("/".join(_share(share) for share in r.speed_up(best)))
         unseen = {name: float(r.unseen[name].mean()) for name in figures}
         table.add_row(r.name, *row, *(f"{v:.1%}" if name == "accuracy" else _number(v) for name, v in unseen.items()))
     return table
@@ -149,6 +158,10 @@ def _number(value: float | None) -> str:
     if value is None or math.isnan(value):
         return "-"
     return f"{value:.4g}" if abs(value) >= 1e-3 or not value else f"{value:.1e}"
+
+
+def _share(value: float) -> str:
+    return f"{value:.2f}" if math.isfinite(value) else "-"
 
 
 def _ratio(loss: float, reference: float) -> str:

@@ -44,7 +44,7 @@ class Diverging(Optimizer):
             p[0, 0] = math.inf
 
 
-DIVERGING = Baseline("bad", Diverging)
+DIVERGING = Baseline("bad", Diverging, apart=False)
 
 
 def make_module():

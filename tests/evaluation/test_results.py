@@ -42,6 +42,26 @@ def test_steps_until_a_loss_is_reached(final_steps, goal, want):
     assert Result("sgd", losses, final_steps=final_steps).steps_to(goal) == want
 
 
+def losses_of(*curve, tasks=2):
+    return torch.tensor(curve).double()[:, None].expand(-1, tasks)
+
+
+@pytest.mark.parametrize("goal, want", [(0.5, None), (1.0, None), (1.5, 4), (2.0, 4), (3.0, 2), (9.0, 1)])
+def test_steps_until_it_stays_below_a_loss(goal, want):
+    assert Result("own", losses_of(8, 4, 2, 3, 1.5)).steps_below(goal) == want
+
+
+def test_the_speed_up_is_a_share_of_steps_and_of_seconds():
+    best = Result("adam", losses_of(8, 7, 6, 5, 3), seconds_per_step=0.5)
+    fast = Result("learned", losses_of(8, 4, 2, 2, 2), seconds_per_step=1.0)
+    assert fast.speed_up(best) == (0.5, 1.0) and best.speed_up(best) == (1.0, 1.0)
+    assert Result("slow", losses_of(8, 2, 2, 2, 4), seconds_per_step=1.0).speed_up(best) == (math.inf, math.inf)
+    assert math.isnan(Result("untimed", losses_of(8, 4, 2, 2, 2)).speed_up(best)[1])
+    flat = Result("flat", losses_of(2, 1, 1, 1, 1))  # both are at the floor: the ratio of their losses says nothing
+    assert flat.speed_up(Result("late", losses_of(2, 2, 2, 1.5, 1)))[0] == 0.25
+    assert Result("diverged", losses_of(8, 2, math.inf, math.inf, math.inf)).speed_up(best)[0] == math.inf
+
+
 def test_references():
     results = [Result(name, torch.full((2, 3), value)) for name, value in (("sgd", 2.0), ("adam", 3.0))]
     assert best_final_loss(results) == 2 and adam_final_loss(results) == 3
@@ -50,7 +70,7 @@ def test_references():
 
 def test_unseen_figures_are_means_in_the_row():
     unseen = {"loss": torch.tensor([1.0, 3]), "accuracy": torch.tensor([0.5, 1])}
-    row = Result("sgd", torch.ones(2, 2), unseen=unseen).row(1.0, 1.0)
+    row = Result("sgd", torch.ones(2, 2), unseen=unseen).row(None, 1.0)
     assert row["unseen_loss"] == 2 and row["unseen_accuracy"] == 0.75 and row["steps_to_adam"] == 1
 
 
@@ -80,6 +100,7 @@ def test_csv_files(tmp_path):
     numbers = {k: float(v) for k, v in sgd.items() if k not in ("optimizer", "lr", "steps_to_adam")}
     want = dict(final_loss=3, standard_error=math.sqrt(7 / 3), median=2, ratio=1, trajectory_loss=3, diverged=0)
     want |= {"quantile_0.1": 1.2, "quantile_0.9": 5.2, "seconds_per_step": 0.5}
+    want |= {"share_of_steps": 1, "share_of_seconds": 1}
     assert numbers == pytest.approx(want | dict(num_tasks=3, num_steps=1, final_steps=1))
     assert float(learned["ratio"]) == pytest.approx(1 / 3) and learned["steps_to_adam"] == ""
     write_curves(tmp_path / "b.csv", results, (0.0, 0.5))
