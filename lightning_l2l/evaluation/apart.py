@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -102,7 +103,7 @@ class MuonAndAdamW(Optimizer):
             member.step()
 
 
-def of_package(package: str, name: str, extra: str = "baselines") -> Callable[..., Optimizer]:
+def of_package(package: str, name: str) -> Callable[..., Optimizer]:
     """An optimizer of a package that need not be installed.
 
     Raises:
@@ -111,9 +112,9 @@ def of_package(package: str, name: str, extra: str = "baselines") -> Callable[..
 
     def make(*args: Any, **options: Any) -> Optimizer:
         try:
-            found: Optimizer = getattr(__import__(package), name)(*args, **options)
+            found: Optimizer = getattr(import_module(package), name)(*args, **options)
         except ImportError as error:
-            raise ValueError(f"{name} needs {package}; pip install 'lightning_l2l[{extra}]'") from error
+            raise ValueError(f"{name} needs {package}; pip install 'lightning_l2l[baselines]'") from error
         return found
 
     return make

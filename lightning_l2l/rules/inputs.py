@@ -80,7 +80,6 @@ class Input:
         of: Makes its numbers, each `[num_tasks, *shape]`.
         of_means: Whether it takes the running means of the gradient.
         of_factors: Whether it takes those of rows and columns.
-        per_beta: Whether it has a number for each of them.
     """
 
     of: Callable[[Inputs], list[Tensor]]

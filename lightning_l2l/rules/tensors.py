@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_l2l.rules.base import Memory, RuleUnroll, Seen, UpdateRule, cotangents
+from lightning_l2l.rules.base import RuleUnroll, Seen, UpdateRule, cotangents
 
 
 class TensorState(NamedTuple):
@@ -154,15 +154,7 @@ class TensorRule(UpdateRule):
         found = [self.step_tensor_(*one) for one in self._tensors(gradient, state, seen)]
         return torch.cat([update.reshape(len(update), -1) for update in found], 1).flatten()
 
-    def unroller(
-        self,
-        num_coordinates: int,
-        num_steps: int,
-        *,
-        memory: Memory = "auto",
-        budget: int = 2**30,
-        block: int | None = None,
-    ) -> RuleUnroll:
+    def unroller(self, num_coordinates: int, num_steps: int, **options: Any) -> RuleUnroll:
         """See `UpdateRule.unroller`; a tensor is not cut into blocks."""
         return TensorUnroll(self)
 

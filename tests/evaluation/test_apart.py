@@ -1,6 +1,6 @@
 """Optimizers that look at whole tensors: tasks that lie side by side go as each does alone."""
 
-import builtins
+import sys
 
 import pytest
 import torch
@@ -144,14 +144,8 @@ def test_what_schedulefree_is_judged_by_is_its_average():
 
 @pytest.mark.parametrize("name", ["prodigy", "schedulefree"])
 def test_a_package_that_is_missing_is_named(name, monkeypatch):
-    found = builtins.__import__
-
-    def without(package, *args, **kwargs):
-        if package in ("prodigyopt", "schedulefree"):
-            raise ImportError(package)
-        return found(package, *args, **kwargs)
-
-    monkeypatch.setattr(builtins, "__import__", without)
+    for package in ("prodigyopt", "schedulefree"):
+        monkeypatch.setitem(sys.modules, package, None)
     (baseline,) = find_baselines([name])
     with pytest.raises(ValueError, match=r"pip install 'lightning_l2l\[baselines\]'"):
         rollout(baseline.at(1.0, NUM_STEPS), TASK, batch(), NUM_STEPS, CPU)
