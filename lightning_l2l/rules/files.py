@@ -289,7 +289,7 @@ def shipped_rules() -> list[str]:
 
     Example:
         >>> shipped_rules()
-        ['cifar10', 'cifar10_sub', 'general', 'mnist', 'quadratic', 'rnnprop']
+        ['cifar10', 'cifar10_sub', 'general', 'mnist', 'quadratic', 'rnnprop', 'unlearned']
     """
     return sorted(path.stem for path in _SHIPPED.glob(f"*{SUFFIX}"))
 
