@@ -174,7 +174,7 @@ class LearnedOptimizer(Optimizer):
                 self._fall_back()
             return loss
         whole = self._seen_as_tensors(group_of)
-        self._lay_out(group_of.keys() - whole)
+        self._lay_out(group_of.keys() - whole if whole else group_of)
         neighbours = runs(self._segments, group_of)
         fed = [(s, first, last, self._gradient(s, first, last, group_of)) for s, first, last in neighbours]
         if self._usable([*(gradient for *_, gradient in fed), *(p.grad for p in whole)]):  # type: ignore[list-item]
