@@ -9,7 +9,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from lightning_l2l.rules.tensors import Moment
+from lightning_l2l.rules.tensors import Moment, each_task, over_tensor
 
 #: The input that is the moment, and how many numbers it has: `times`.
 TIME = "time"
@@ -132,16 +132,6 @@ def normalized(values: Tensor, moved: Tensor | None = None) -> Tensor:
     count = values[0].numel() if moved is None else each_task(moved).sum(1).clamp(min=1)
     size = (squares / count).clamp(min=torch.finfo(values.dtype).tiny).sqrt()
     return values / over_tensor(size, values)
-
-
-def each_task(values: Tensor) -> Tensor:
-    """Tensors `[num_tasks, *shape]` as vectors `[num_tasks, coordinates of one]`."""
-    return values.reshape(len(values), -1)
-
-
-def over_tensor(of_task: Tensor, like: Tensor) -> Tensor:
-    """A number of each task `[num_tasks]`, to go with tensors `[num_tasks, *shape]`."""
-    return of_task.view(-1, *[1] * (like.dim() - 1))
 
 
 def matrix_of(shape: Sequence[int]) -> tuple[int, int] | None:

@@ -15,15 +15,13 @@ from lightning_l2l.rules.inputs import (
     NUM_TIMES,
     TIME,
     Inputs,
-    each_task,
     matrix_of,
     normalized,
     numbers,
-    over_tensor,
     times,
 )
 from lightning_l2l.rules.schedule import Schedule, rate_at
-from lightning_l2l.rules.tensors import Moment, TensorRule, TensorState
+from lightning_l2l.rules.tensors import Moment, TensorRule, TensorState, each_task, over_tensor
 
 #: The step size at the end of warm-up, times the root of the number of inner steps.
 SIZE = 0.13

@@ -42,6 +42,22 @@ class Moment:
     step: Tensor
     num_steps: Tensor | None = None
 
+    @classmethod
+    def of(cls, step: int, num_steps: int | None, num_tasks: int, like: Tensor) -> Moment:
+        """That of tasks which are equally far, on the device and of the dtype of `like`."""
+        made = like.new_full((num_tasks,), step)
+        return cls(made, None if num_steps is None else torch.full_like(made, num_steps))
+
+
+def each_task(values: Tensor) -> Tensor:
+    """Tensors `[num_tasks, *shape]` as vectors `[num_tasks, coordinates of one]`."""
+    return values.reshape(len(values), -1)
+
+
+def over_tensor(of_task: Tensor, like: Tensor) -> Tensor:
+    """A number of each task `[num_tasks]`, to go with tensors `[num_tasks, *shape]`."""
+    return of_task.view(-1, *[1] * (like.dim() - 1))
+
 
 class TensorRule(UpdateRule):
     """An update rule that sees a whole tensor, theta, and the time.
@@ -145,14 +161,14 @@ class TensorRule(UpdateRule):
         found, after = [], []
         for one in self._tensors(gradient, state, seen):
             update, new = self(*one)
-            found.append(update.reshape(len(update), -1))
+            found.append(each_task(update))
             after += [new.coordinates.flatten(), new.vector.flatten()]
         return torch.cat(found, 1).flatten(), torch.cat(after)
 
     def step_(self, gradient: Tensor, state: Tensor, seen: Seen | None = None) -> Tensor:
         """See `UpdateRule.step_`."""
         found = [self.step_tensor_(*one) for one in self._tensors(gradient, state, seen)]
-        return torch.cat([update.reshape(len(update), -1) for update in found], 1).flatten()
+        return torch.cat([each_task(update) for update in found], 1).flatten()
 
     def unroller(self, num_coordinates: int, num_steps: int, **options: Any) -> RuleUnroll:
         """See `UpdateRule.unroller`; a tensor is not cut into blocks."""
@@ -169,8 +185,7 @@ class TensorRule(UpdateRule):
             raise TypeError(f"{type(self).__name__} has to see the tensors and the moment; give seen=Seen(...)")
         num_tasks = len(seen.theta)
         sizes = [math.prod(shape) for shape in seen.shapes]
-        step = gradient.new_full((num_tasks,), seen.step)
-        moment = Moment(step, None if seen.num_steps is None else gradient.new_full((num_tasks,), seen.num_steps))
+        moment = Moment.of(seen.step, seen.num_steps, num_tasks, gradient)
         gradients, thetas = torch.split(gradient.view(num_tasks, -1), sizes, 1), torch.split(seen.theta, sizes, 1)
         states = torch.split(state, [num_tasks * self._width(shape) for shape in seen.shapes])
         for shape, g, s, theta in zip(seen.shapes, gradients, states, thetas, strict=True):
@@ -213,12 +228,11 @@ def step_tensor(
         states[name] = states[name].to(p.device)
     kept = [states[name] for name in NAMES]
     state = TensorState(*kept) if tasks else TensorState(kept[0].unsqueeze(1), kept[1].unsqueeze(0))
-    made = torch.full((num_tasks,), step, device=p.device, dtype=dtype)
-    moment = Moment(made, None if num_steps is None else torch.full_like(made, num_steps))
     gradient = (-p.grad if maximize else p.grad).to(dtype)  # type: ignore[operator, union-attr]
+    moment = Moment.of(step, num_steps, num_tasks, gradient)
     update = rule.step_tensor_(gradient.view(whole.shape), state, whole.to(dtype), moment)
     rate = rule.rate(moment)
-    return update.view(p.shape), rate.view(-1, *[1] * (p.dim() - 1)) if tasks else rate[0]
+    return update.view(p.shape), over_tensor(rate, p) if tasks else rate[0]
 
 
 class TensorUnroll(RuleUnroll):
