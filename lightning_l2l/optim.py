@@ -21,7 +21,7 @@ from lightning_l2l.rules.files import load_rule
 from lightning_l2l.rules.parameters import check_gradient, check_known, check_options, check_state
 from lightning_l2l.rules.safeguards import new_record, over_ranks, runs_away
 from lightning_l2l.rules.segments import Segment, lay_out, runs
-from lightning_l2l.rules.tensors import TensorRule, shapes_of, step_tensor
+from lightning_l2l.rules.tensors import Clock, TensorRule, shapes_of, step_tensor
 
 RECORD = "loss_record"
 CLOCK = "step"
@@ -178,9 +178,9 @@ class LearnedOptimizer(Optimizer):
         neighbours = runs(self._segments, group_of)
         fed = [(s, first, last, self._gradient(s, first, last, group_of)) for s, first, last in neighbours]
         if self._usable([*(gradient for *_, gradient in fed), *(p.grad for p in whole)]):  # type: ignore[list-item]
-            step = max((int(state[CLOCK]) for state in self.state.values() if CLOCK in state), default=0)
+            clock = Clock(max((int(state[CLOCK]) for state in self.state.values() if CLOCK in state), default=0))
             for p in whole:
-                self._step_tensor(p, self.param_groups[group_of[p]], step)
+                self._step_tensor(p, self.param_groups[group_of[p]], clock)
             for segment, first, last, gradient in fed:
                 columns = slice(segment.offsets[first], segment.offsets[last])
                 with _without_autocast(gradient.device.type):
@@ -198,7 +198,8 @@ class LearnedOptimizer(Optimizer):
         return torch.cat(parts).to(segment.state.dtype)
 
     def _usable(self, gradients: list[Tensor]) -> bool:
-        if not self.skip_nonfinite or all(bool(g.isfinite().all()) for g in gradients):
+        # A finite sum takes a thirtieth of the time, and tells; of finite gradients it may overflow.
+        if not self.skip_nonfinite or all(bool(g.sum().isfinite()) or bool(g.isfinite().all()) for g in gradients):
             return True
         if not self.num_skipped:
             warnings.warn(
@@ -222,18 +223,19 @@ class LearnedOptimizer(Optimizer):
         parts = torch.split(update, [p.numel() for p in params])
         torch._foreach_add_(params, [part.view(p.shape) for part, p in zip(parts, params, strict=True)])
 
-    def _step_tensor(self, p: Tensor, group: dict[str, Any], step: int) -> None:
+    def _step_tensor(self, p: Tensor, group: dict[str, Any], clock: Clock) -> None:
         """An inner step of a parameter whose rule sees it as a whole."""
         with _without_autocast(p.device.type):
             rule = cast(TensorRule, self._rule_on(self._rule_of(p), p.device))
-            clock = step, group["num_steps"], group["maximize"]
-            update, rate = step_tensor(rule, p, self.state[p], *clock, tasks=self.side_by_side)
-        self.state[p][CLOCK] = torch.tensor(step + 1.0)  # on the host, as Adam's
+            told = group["num_steps"], group["maximize"]
+            update, rate = step_tensor(rule, p, self.state[p], clock, *told, tasks=self.side_by_side)
+        self.state[p][CLOCK] = torch.tensor(clock.step + 1.0)  # on the host, as Adam's
         if group["max_update"] is not None:
             update.clamp_(-group["max_update"], group["max_update"])
         if group["weight_decay"]:
             p.mul_(1 - _lr(group) * group["weight_decay"] * rate.to(p.dtype))
-        p.add_(update * _lr(group))
+        lr = _lr(group)
+        p.add_(update * lr) if isinstance(lr, Tensor) else p.add_(update, alpha=lr)
 
     def _lay_out(self, params: Iterable[Tensor]) -> None:
         ordered = (p for group in self.param_groups for p in group["params"])

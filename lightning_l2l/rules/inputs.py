@@ -15,7 +15,7 @@ from lightning_l2l.rules.tensors import Moment, each_task, over_tensor
 TIME = "time"
 NUM_TIMES = 2
 #: Largest absolute gradient that the input "clipped" shows.
-_CLIP = 0.1
+CLIP = 0.1
 
 
 @dataclass
@@ -44,8 +44,8 @@ class Inputs:
 
     @cached_property
     def moved(self) -> Tensor:
-        """Where a gradient has been other than zero, `[num_tasks, *shape]`."""
-        return self.square > 0
+        """Where a gradient has been other than zero, `[num_tasks, *shape]`; nan is other than zero."""
+        return self.square != 0
 
     @cached_property
     def root(self) -> Tensor:
@@ -93,7 +93,7 @@ class Input:
 
 INPUTS = {
     "gradient": Input(lambda i: [i.gradient]),
-    "clipped": Input(lambda i: [i.gradient.clamp(-_CLIP, _CLIP)]),
+    "clipped": Input(lambda i: [i.gradient.clamp(-CLIP, CLIP)]),
     "theta": Input(lambda i: [i.theta]),
     "square": Input(lambda i: [i.square]),
     "inverse": Input(lambda i: [1 / i.root]),

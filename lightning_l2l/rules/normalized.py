@@ -10,16 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from lightning_l2l.arguments import MOST, brief, check_at_least, check_choice, check_flag, check_positive, is_number
-from lightning_l2l.rules.inputs import (
-    INPUTS,
-    NUM_TIMES,
-    TIME,
-    Inputs,
-    matrix_of,
-    normalized,
-    numbers,
-    times,
-)
+from lightning_l2l.rules.inputs import CLIP, INPUTS, NUM_TIMES, TIME, Inputs, matrix_of, normalized, numbers, times
+from lightning_l2l.rules.kernels.fused import MOST_MEANS, fused_for
+from lightning_l2l.rules.kernels.normalized_kernel import NormalizedNumbers, NormalizedStep, places_of
 from lightning_l2l.rules.schedule import Schedule, rate_at
 from lightning_l2l.rules.tensors import Moment, TensorRule, TensorState, each_task, over_tensor
 
@@ -143,6 +136,11 @@ class NormalizedMLP(TensorRule):
             nn.init.zeros_(self.readout.bias)
 
     @property
+    def like(self) -> Tensor:
+        """See `UpdateRule.like`."""
+        return self.place  # type: ignore[return-value]
+
+    @property
     def state_size(self) -> int:
         """Numbers of state a coordinate: the running means of the gradient, and that of its square."""
         return len(self.kept) + 1
@@ -153,7 +151,8 @@ class NormalizedMLP(TensorRule):
 
     def rate(self, moment: Moment) -> Tensor:
         """Root mean square of the update of a tensor, before any learned scale: `[num_tasks]`."""
-        return rate_at(moment, self.schedule, self.step_size, SIZE, self.warmup, self.floor)
+        given = (self.schedule, self.step_size, SIZE, self.warmup, self.floor)
+        return moment.once(given, lambda: rate_at(moment, *given))  # type: ignore[no-any-return]
 
     def forward(  # type: ignore[override]
         self, gradient: Tensor, state: TensorState, theta: Tensor, moment: Moment
@@ -192,6 +191,46 @@ class NormalizedMLP(TensorRule):
             direction = normalized(direction, given.moved)
         return -over_tensor(rate, gradient) * direction, after
 
+    @torch.no_grad()
+    def step_tensor_(self, gradient: Tensor, state: TensorState, theta: Tensor, moment: Moment) -> Tensor:
+        """See `TensorRule.step_tensor_`; compiled, where that can be."""
+        library = fused_for(self.like, gradient, theta, *state)
+        if library is None or len(self.kept) > MOST_MEANS or not all(one.is_contiguous() for one in state):
+            return super().step_tensor_(gradient, state, theta, moment)
+        matrix = matrix_of(gradient.shape[1:])
+        tensors = (gradient.contiguous(), theta.contiguous(), *state)
+        step = NormalizedStep(library, moment.once(self, lambda: self._pack(moment)), matrix, tensors)
+        rate = self.rate(moment)
+        if self.max_scale is not None:
+            rate = rate * self._scale(step.second_sums / gradient[0].numel())
+        if not self.orthogonalize or matrix is None:
+            return step.update_(rate, normalize=self.normalize)
+        changed = orthogonalized(step.direction.view(-1, *matrix)).reshape(gradient.shape)
+        return step.update_(rate, normalize=self.normalize, changed=changed.contiguous())
+
+    def _pack(self, moment: Moment) -> NormalizedNumbers:
+        """What the kernel has to know of this rule, with the meta-parameters as they are at this moment."""
+        numbers = NormalizedNumbers(
+            hidden=self.hidden_size,
+            outputs=1 if self.max_scale is None else 2,
+            means=len(self.kept),
+            times=NUM_TIMES * self.timed,
+            factors=bool(self.factors),
+            gain2=1 - self.beta2,
+            eps=self.eps,
+            largest=_LARGEST,
+            clip=CLIP,
+        )
+        numbers.gain1[: len(self.kept)] = (1 - torch.tensor(self.kept)).tolist()  # as 1 - beta is in float32
+        if self.hidden_size:
+            weights = [one.detach().contiguous() for one in self.parameters()]
+            numbers.keep(weights, places_of(self.sees, len(self.kept), self.timed), torch.stack(times(moment), 1))
+        return numbers
+
+    def _scale(self, mean: Tensor) -> Tensor:
+        """The factor on the rate for a mean over the tensor of the MLP's second number."""
+        return (torch.tanh(mean) * math.log(self.max_scale or 1)).exp()
+
     def _learned(self, given: Inputs) -> tuple[Tensor, Tensor | None]:
         """What is added to the direction, `[num_tasks, *shape]`, and the factor on the rate, `[num_tasks]`."""
         x = numbers(self.sees, given)
@@ -200,8 +239,7 @@ class NormalizedMLP(TensorRule):
         out = self.readout(torch.relu(self.second(torch.relu(self.hidden(torch.stack(x, -1))))))
         if self.max_scale is None:
             return out[..., 0], None
-        scale = torch.tanh(each_task(out[..., 1]).mean(1)) * math.log(self.max_scale)
-        return out[..., 0], scale.exp()
+        return out[..., 0], self._scale(each_task(out[..., 1]).mean(1))
 
 
 def orthogonalized(matrices: Tensor, num_steps: int = 5) -> Tensor:

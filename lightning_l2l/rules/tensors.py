@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
@@ -41,12 +41,38 @@ class Moment:
 
     step: Tensor
     num_steps: Tensor | None = None
+    _found: dict[Any, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    def once(self, key: Hashable, make: Callable[[], Any]) -> Any:
+        """What `make` gives, which is asked once for a key: what is the same for all tensors of an inner step."""
+        if key not in self._found:
+            self._found[key] = make()
+        return self._found[key]
 
     @classmethod
     def of(cls, step: int, num_steps: int | None, num_tasks: int, like: Tensor) -> Moment:
         """That of tasks which are equally far, on the device and of the dtype of `like`."""
         made = like.new_full((num_tasks,), step)
         return cls(made, None if num_steps is None else torch.full_like(made, num_steps))
+
+
+class Clock:
+    """The moments of one step of an optimizer: the same one for all tensors that are equally far.
+
+    Args:
+        step: *Inner steps* made before.
+    """
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+        self._moments: dict[Any, Moment] = {}
+
+    def moment(self, num_steps: int | None, num_tasks: int, like: Tensor) -> Moment:
+        """See `Moment.of`."""
+        key = num_steps, num_tasks, like.device, like.dtype
+        if key not in self._moments:
+            self._moments[key] = Moment.of(self.step, num_steps, num_tasks, like)
+        return self._moments[key]
 
 
 def each_task(values: Tensor) -> Tensor:
@@ -203,7 +229,13 @@ def shapes_of(rule: UpdateRule, p: Tensor) -> dict[str, list[int]]:
 
 
 def step_tensor(
-    rule: TensorRule, p: Tensor, states: dict[str, Any], step: int, num_steps: int | None, maximize: bool, tasks: bool
+    rule: TensorRule,
+    p: Tensor,
+    states: dict[str, Any],
+    clock: Clock,
+    num_steps: int | None,
+    maximize: bool,
+    tasks: bool,
 ) -> tuple[Tensor, Tensor]:
     """One inner step of a parameter of an optimizer, whose states of it are made where there are none.
 
@@ -211,7 +243,7 @@ def step_tensor(
         rule: On the device of p.
         p: With a gradient.
         states: What the optimizer keeps of it, changed in place.
-        step: *Inner steps* made before.
+        clock: Of this step.
         num_steps: As far as known.
         maximize: Whether the rule is given the gradient with the other sign.
         tasks: Whether the first dimension of p is that of tasks side by side.
@@ -229,7 +261,7 @@ def step_tensor(
     kept = [states[name] for name in NAMES]
     state = TensorState(*kept) if tasks else TensorState(kept[0].unsqueeze(1), kept[1].unsqueeze(0))
     gradient = (-p.grad if maximize else p.grad).to(dtype)  # type: ignore[operator, union-attr]
-    moment = Moment.of(step, num_steps, num_tasks, gradient)
+    moment = clock.moment(num_steps, num_tasks, gradient)
     update = rule.step_tensor_(gradient.view(whole.shape), state, whole.to(dtype), moment)
     rate = rule.rate(moment)
     return update.view(p.shape), over_tensor(rate, p) if tasks else rate[0]

@@ -33,11 +33,11 @@ class NotCompiled(Exception):
         super().__init__(f"{cause}; {remedy}")
 
 
-def load_compiled(source: Path, flags: Sequence[str]) -> tuple[ctypes.CDLL, str | None]:
-    """The library that a C file compiles to, from the cache or made now.
+def load_compiled(sources: Sequence[Path], flags: Sequence[str]) -> tuple[ctypes.CDLL, str | None]:
+    """The library that C files compile to, from the cache or made now.
 
     Args:
-        source: The file.
+        sources: The files, the first of which gives the library its name, and the headers that they include.
         flags: For the compiler, besides those that `CC` has.
 
     Returns:
@@ -48,11 +48,11 @@ def load_compiled(source: Path, flags: Sequence[str]) -> tuple[ctypes.CDLL, str 
     """
     compiler = find_compiler()
     try:
-        identity = (source.read_text(), *compiler, *flags, *platform.uname(), _processor())
+        identity = (*(source.read_text() for source in sources), *compiler, *flags, *platform.uname(), _processor())
     except OSError as error:
         raise NotCompiled(f"its source cannot be read ({error})", "install lightning-l2l anew") from error
-    name = f"{source.stem}-{hashlib.sha256(chr(0).join(identity).encode()).hexdigest()[:16]}.so"
-    command = [*compiler, *flags, str(source), "-o"]
+    name = f"{sources[0].stem}-{hashlib.sha256(chr(0).join(identity).encode()).hexdigest()[:16]}.so"
+    command = [*compiler, *flags, *(str(source) for source in sources if source.suffix == ".c"), "-o"]
     try:
         library = cache_folder() / name
         if not library.exists():

@@ -5,86 +5,7 @@
  * A layer reads what is below it (what the rule sees of a gradient, or the h of the layer below) and its own h. Gates are
  * ordered (i, f, o, g), sums by unit and then gate. */
 
-#include <omp.h>
-#include <stdint.h>
-#include <string.h>
-#ifdef __SSE__
-#include <immintrin.h>
-#endif
-
-#ifdef __AVX512F__
-#define LANES 16
-#define UNITS 2 /* at once: 2 units by 4 gates by 2 vectors are 16 sums; the processor has 32 registers */
-#else
-#define LANES 8
-#define UNITS 1
-#endif
-#define WIDE 2 /* vectors a tile */
-#define TILE (WIDE * LANES)
-#define INLINE static inline __attribute__((always_inline))
-
-typedef float vec __attribute__((vector_size(4 * LANES), may_alias));
-typedef int32_t ivec __attribute__((vector_size(4 * LANES)));
-typedef float unaligned __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
-
-#define ALL(x) ((x) - (vec){0}) /* x in all lanes */
-#define LOG2_E 1.44269504088896341f
-
-/* In a register from here on: what is used several times is not to be loaded several times, for loads are scarce. */
-INLINE vec in_register(vec x) {
-#if defined __AVX512F__
-  __asm__("" : "+v"(x));
-#elif defined __AVX__
-  __asm__("" : "+x"(x));
-#endif
-  return x;
-}
-
-/* Numbers below 1e-38 count as zero: processors that keep them slow down up to a hundred times, and a truncation in which
- * gradients fade away is full of them. Returns what `restore` wants. */
-static unsigned flush_denormals(void) {
-#ifdef __SSE__
-  unsigned mode = _mm_getcsr();
-  _mm_setcsr(mode | 0x8040);
-  return mode;
-#else
-  return 0;
-#endif
-}
-
-static void restore(unsigned mode) {
-#ifdef __SSE__
-  _mm_setcsr(mode);
-#else
-  (void)mode;
-#endif
-}
-
-/* ---- Functions of a vector. Nan comes through all of them, which decides the order of some arguments. ---- */
-
-INLINE vec at_least(vec x, float bound) {
-#if defined __AVX512F__
-  return (vec)_mm512_max_ps((__m512)ALL(bound), (__m512)x);
-#elif defined __AVX__
-  return (vec)_mm256_max_ps((__m256)ALL(bound), (__m256)x);
-#else
-  ivec below = x < bound;
-  return (vec)((below & (ivec)ALL(bound)) | (~below & (ivec)x));
-#endif
-}
-
-INLINE vec at_most(vec x, float bound) {
-#if defined __AVX512F__
-  return (vec)_mm512_min_ps((__m512)ALL(bound), (__m512)x);
-#elif defined __AVX__
-  return (vec)_mm256_min_ps((__m256)ALL(bound), (__m256)x);
-#else
-  ivec above = x > bound;
-  return (vec)((above & (ivec)ALL(bound)) | (~above & (ivec)x));
-#endif
-}
-
-INLINE vec clamped(vec x, float bound) { return at_least(at_most(x, bound), -bound); }
+#include "vectors.h"
 
 /* 1 / x for |x| from 1 to 2^126, to 1e-7: where there is a first approximation, one step of Newton's costs a quarter of a
  * division. */
@@ -133,21 +54,9 @@ INLINE vec sigmoid(vec exponent) { return reciprocal(1.0f + power_of_2(exponent,
 
 INLINE vec tanh_of(vec x) { return 2.0f * sigmoid(x * (-2.0f * LOG2_E)) - 1.0f; }
 
-INLINE vec square_root(vec x) {
-#if defined __AVX512F__
-  return (vec)_mm512_sqrt_ps((__m512)x);
-#elif defined __AVX__
-  return (vec)_mm256_sqrt_ps((__m256)x);
-#else
-  for (int k = 0; k < LANES; k++) x[k] = __builtin_sqrtf(x[k]);
-  return x;
-#endif
-}
-
 /* ---- What a rule sees of a gradient ---- */
 
 enum { IDENTITY, LOG_AND_SIGN, MOMENTS };
-enum { MOST_MEANS = 8 };
 #define LEAST 0.05f /* of the bound on updates, at the horizon */
 
 typedef struct {
@@ -223,38 +132,6 @@ static void input_layer(const Rule *rule, const float *restrict weights, const f
 
 /* ---- Products ---- */
 
-/* For some units, sums[r] = start[r] + sum over k of weights[k][r] * row k for each of a unit's four r: the rows first of
- * `a`, then of `b`, and the start the first four weights if there is one. A sum is never stored before it is complete. */
-INLINE void sums_of(const int units, const int start, const float *restrict weights, long stride, const float *restrict a,
-                    long rows_of_a, const float *restrict b, long rows_of_b, float *restrict sums) {
-  vec sum[4 * UNITS][WIDE];
-  for (int r = 0; r < 4 * units; r++)
-    for (int v = 0; v < WIDE; v++) sum[r][v] = ALL(start ? weights[r / 4 * stride + r % 4] : 0.0f);
-  if (start) weights += 4;
-  for (int part = 0; part < 2; part++) {
-    const float *rows = part ? b : a;
-    for (long k = part ? rows_of_b : rows_of_a; k > 0; k--, rows += TILE, weights += 4) {
-      vec x[WIDE];
-      for (int v = 0; v < WIDE; v++) x[v] = in_register(((vec *)rows)[v]);
-      for (int r = 0; r < 4 * units; r++)
-        for (int v = 0; v < WIDE; v++) sum[r][v] += ALL(weights[r / 4 * stride + r % 4]) * x[v];
-    }
-  }
-  for (int r = 0; r < 4 * units; r++)
-    for (int v = 0; v < WIDE; v++) ((vec *)sums)[r * WIDE + v] = sum[r][v];
-}
-
-/* sums [4 units, TILE]. Returns the end of the weights. */
-INLINE const float *all_sums(long units, const int start, const float *restrict weights, const float *restrict a,
-                             long rows_of_a, const float *restrict b, long rows_of_b, float *restrict sums) {
-  long stride = 4 * (start + rows_of_a + rows_of_b), j = 0;
-  for (; j + UNITS <= units; j += UNITS, weights += UNITS * stride)
-    sums_of(UNITS, start, weights, stride, a, rows_of_a, b, rows_of_b, sums + 4 * j * TILE);
-  for (; j < units; j++, weights += stride)
-    sums_of(1, start, weights, stride, a, rows_of_a, b, rows_of_b, sums + 4 * j * TILE);
-  return weights;
-}
-
 /* total [rows, vecs * LANES] += d [rows, TILE] x [TILE, vecs * LANES], the rows of x and total `columns` apart. */
 INLINE void add_block(const int rows, const int vecs, const float *restrict d, const float *restrict x, long columns,
                       float *restrict total) {
@@ -295,8 +172,6 @@ static void add_product(long units, long columns, const float *restrict d, const
 }
 
 /* ---- Weights, in the order in which they are used ---- */
-
-static long padded(long n, long to) { return (n + to - 1) / to * to; }
 
 /* What the readout is packed with: before a tanh there is no factor. */
 static float outer_scale(const Rule *rule) { return rule->kind == MOMENTS ? 1.0f : rule->scale; }
@@ -379,13 +254,6 @@ void lstm_pack(const Rule *rule, int back, const float *const *from, float *to) 
 }
 
 /* ---- To and from a tile. One that is not full has zeros in the other columns. ---- */
-
-static inline void copy(float *restrict to, const float *restrict from, long n) {
-  if (n == TILE)
-    for (int v = 0; v < TILE; v += LANES) *(unaligned *)(to + v) = *(const unaligned *)(from + v);
-  else
-    for (long k = 0; k < n; k++) to[k] = from[k];
-}
 
 /* A row of a tile, the same row of the next one on its way: there are more rows than the processor foresees by itself. */
 static inline void load_row(float *restrict to, const float *restrict from, long n) {

@@ -1,8 +1,8 @@
-"""The LSTM kernel, compiled, where there is a C compiler; nothing depends on it.
+"""The kernels, compiled, where there is a C compiler; nothing depends on it. Here is the LSTM's.
 
-The source is `fused.c`; it is compiled once for a machine, in about two seconds, into the user's cache folder
+The sources are `SOURCES`; they are compiled once for a machine, in some seconds, into the user's cache folder
 (compiled.py). Without a compiler, of which a warning tells, on another device or in another dtype torch's operators do
-the same (lstm_kernel.py). LIGHTNING_L2L_FUSED=0 in the environment turns it off.
+the same (lstm_kernel.py, normalized.py). LIGHTNING_L2L_FUSED=0 in the environment turns it off.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from torch import Tensor
 from lightning_l2l.rules.base import RuleUnroll, Seen
 from lightning_l2l.rules.kernels.compiled import NotCompiled, load_compiled
 
-SOURCE = Path(__file__).with_name("fused.c")
+SOURCES = tuple(Path(__file__).with_name(name) for name in ("fused.c", "normalized.c", "vectors.h"))
 #: Running means of the gradient that a rule with moments may have.
 MOST_MEANS = 8
 FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-shared", "-fPIC")
@@ -195,10 +195,10 @@ def _library() -> Any:
     if os.environ.get("LIGHTNING_L2L_FUSED", "1") == "0":
         return None
     try:
-        library, problem = load_compiled(SOURCE, FLAGS)
+        library, problem = load_compiled(SOURCES, FLAGS)
     except NotCompiled as error:
         warnings.warn(
-            f"the LSTM's kernel is not compiled, and without it a step takes 3 to 6 times as long: {error}; or set "
+            f"the rules' kernels are not compiled, and without it a step takes 3 to 6 times as long: {error}; or set "
             "LIGHTNING_L2L_FUSED=0 to go on like this without a warning",
             RuntimeWarning,
             stacklevel=3,  # the rule, which asks `fused_for`
@@ -206,7 +206,7 @@ def _library() -> Any:
         return None
     if problem is not None:
         warnings.warn(
-            f"the LSTM's kernel was compiled, and has to be again the next time: {problem}",
+            f"the rules' kernels were compiled, and have to be again the next time: {problem}",
             RuntimeWarning,
             stacklevel=3,
         )
@@ -221,6 +221,9 @@ def _library() -> Any:
         "lstm_gradient_size": (size, [rule]),
         "lstm_gradient_scratch": (size, [rule, size, size]),
         "lstm_gradients": (None, [rule, size, size, size, *[pointer] * 6, size, pointer]),
+        "normalized_scratch": (size, [pointer, pointer, size]),
+        "normalized_direction": (None, [pointer, pointer, size, pointer]),
+        "normalized_update": (None, [pointer, size, pointer, pointer, size, pointer]),
     }
     for name, (result, arguments) in signatures.items():
         function = getattr(library, name)

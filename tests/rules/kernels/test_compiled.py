@@ -55,14 +55,14 @@ def failing(error):
 
 
 def answer(source):
-    library, problem = load_compiled(source, FLAGS)
+    library, problem = load_compiled([source], FLAGS)
     assert problem is None
     return library.answer()
 
 
 def refused(source):
     with pytest.raises(NotCompiled) as caught:
-        load_compiled(source, FLAGS)
+        load_compiled([source], FLAGS)
     return str(caught.value)
 
 
@@ -219,7 +219,7 @@ def test_a_private_folder_takes_the_caches_place_and_leaves_nothing_behind(monke
     monkeypatch.setattr(
         compiled, "_load", lambda path: modes.append(stat.S_IMODE(path.parent.stat().st_mode)) or load(path)
     )
-    library, problem = load_compiled(source, FLAGS)
+    library, problem = load_compiled([source], FLAGS)
     assert library.answer() == 42 and modes == [0o700]
     assert cause in problem and problem.endswith("; set XDG_CACHE_HOME to a folder that can be written to")
     assert not list((tmp_path / "tmp").iterdir())

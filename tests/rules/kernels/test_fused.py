@@ -157,7 +157,7 @@ def test_what_is_never_compiled_is_not_warned_of(afresh, like):
 def test_where_it_cannot_be_kept_it_is_compiled_all_the_same_and_one_warning_says_so(afresh, tmp_path):
     (tmp_path / "cache").write_text("a file")
     with pytest.warns(
-        RuntimeWarning, match="has to be again the next time: .* set XDG_CACHE_HOME to a folder"
+        RuntimeWarning, match="have to be again the next time: .* set XDG_CACHE_HOME to a folder"
     ) as found:
         library = fused.fused_for(torch.empty(0))
     assert len(found) == 1 and library is not None and fused.fused_for(torch.empty(0)) is library

@@ -1,0 +1,570 @@
+/* NormalizedMLP, compiled: an inner step of one tensor of each task.
+ *
+ * Compiled on first use by fused.py. What is summed over a tensor is summed block by block, and then in the blocks' order:
+ * the number of threads changes nothing. `moved` are coordinates whose running mean of squares is not zero. */
+
+#include "vectors.h"
+
+#define BLOCK 8192 /* coordinates of a block, a multiple of TILE */
+#define BANDS 16 /* of rows, whose sums over columns are made side by side */
+#define RUN 64 /* tiles whose squares are added up in single precision */
+#define TINY 1.17549435e-38f /* the least normal number */
+#define MOST_OWN (6 + 4 * MOST_MEANS) /* inputs of a coordinate */
+#define MOST_INPUTS (6 + 8 * MOST_MEANS)
+
+/* Weights of the layers: hidden [H, inputs of the rule] and bias, second [H, H] and bias, readout [outputs, H] and bias. */
+typedef struct {
+  const float *hidden, *hidden_bias, *second, *second_bias, *readout, *readout_bias;
+  const long *places; /* of each input the first layer's column, -1 where it is not seen; from MOST_INPUTS on the moment's */
+  const float *times; /* [tasks, times] */
+  long columns;       /* of the first layer */
+} Weights;
+
+typedef struct {
+  long hidden, outputs;  /* units of a layer, 0: no MLP; numbers that it gives */
+  long means, times;     /* running means of the gradient; numbers that are the moment */
+  long factors;          /* whether the running means of rows and columns are kept */
+  float gain1[MOST_MEANS], gain2, eps, largest, clip; /* 1 - beta; bounds on the gradient, and on the input "clipped" */
+  Weights weights;
+} Rule;
+
+/* One tensor of each task. */
+typedef struct {
+  long tasks, means, size, rows, columns; /* coordinates of a task; 0 rows: no matrix, or the rule does not mind */
+  const float *gradient, *theta;   /* [tasks, size] */
+  float *state;                    /* [means + 1, tasks, size]: running means of the gradient, and that of its square */
+  float *vector;                   /* [tasks, 1 + means * (rows + columns)]: steps, then for each beta rows and columns */
+  float *direction;                /* [tasks, size] */
+  double *sums;                    /* [tasks, 3]: squares of the direction, moved coordinates, the MLP's second number */
+} Tensor;
+
+/* Of the running means of rows and columns, unbiased, [means, rows + columns] each. */
+typedef struct {
+  float *value, *inverse, *root; /* themselves; 1 / (root + eps); the root, that of rows without that of their mean */
+} Factors;
+
+/* Of one task. */
+typedef struct {
+  float unbias1[MOST_MEANS], unbias2, whole; /* what running means are multiplied with; the direction likewise */
+  Factors factors;
+  float *first, *second;    /* weights as all_sums takes them */
+  float *by_row, *by_column; /* what rows and columns add to the first layer's sums, [padded hidden, rows], [.., columns] */
+} Task;
+
+/* Numbers that the MLP sees of a coordinate; 4 * means more are those of its row and column. */
+INLINE long inputs_of(const Rule *rule, const Tensor *t) { return 6 + (t->rows ? 4 : 2) * rule->means; }
+INLINE long min_of(long a, long b) { return a < b ? a : b; }
+INLINE long blocks_of(const Tensor *t) { return (t->size + BLOCK - 1) / BLOCK; }
+
+/* What a running mean with 1 - beta = gain is divided by after so many steps. */
+static double weight_of(float gain, double steps) {
+  double power = 1.0, base = 1.0 - (double)gain;
+  for (long n = (long)steps; n > 0; n /= 2, base *= base)
+    if (n % 2) power *= base;
+  return 1.0 - power;
+}
+
+INLINE float sum_of(vec x) {
+  float sum = 0.0f;
+  for (int k = 0; k < LANES; k++) sum += x[k];
+  return sum;
+}
+
+INLINE vec where(ivec yes, vec x) { return (vec)(yes & (ivec)x); }
+
+/* 1 / x for x from 1e-37 to 1e37, to 2e-7: one step of Newton's after a first approximation costs less than a division. */
+INLINE vec inverse_of(vec x) {
+#if defined __AVX512F__
+  vec first = (vec)_mm512_rcp14_ps((__m512)x);
+  return first * (2.0f - x * first);
+#elif defined __AVX__
+  vec first = (vec)_mm256_rcp_ps((__m256)x);
+  return first * (2.0f - x * first);
+#else
+  return 1.0f / x;
+#endif
+}
+
+/* ---- Rows and columns ---- */
+
+/* Sums of squares: of `rows` rows of a matrix, and of their columns, which begin with zeros. */
+static void add_squares(const Rule *rule, const float *restrict g, long rows, long columns, float *restrict of_rows,
+                        float *restrict of_columns) {
+  for (long r = 0; r < rows; r++, g += columns) {
+    vec sum = {0};
+    long c = 0;
+    for (; c + LANES <= columns; c += LANES) {
+      vec x = clamped((vec) * (const unaligned *)(g + c), rule->largest);
+      sum += x * x;
+      *(unaligned *)(of_columns + c) += x * x;
+    }
+    of_rows[r] = sum_of(sum);
+    for (; c < columns; c++) {
+      float x = g[c] > rule->largest ? rule->largest : g[c] < -rule->largest ? -rule->largest : g[c];
+      of_rows[r] += x * x;
+      of_columns[c] += x * x;
+    }
+  }
+}
+
+/* now [rows + columns]: means of the squares at this step. */
+static void follow(const Rule *rule, const Tensor *t, const Task *task, float *restrict vector, const float *restrict now) {
+  long both = t->rows + t->columns;
+  for (long k = 0; k < rule->means; k++) {
+    float *kept = vector + 1 + k * both, *value = task->factors.value + k * both, unbias = task->unbias1[k];
+    double sum = 0.0;
+    for (long i = 0; i < both; i++) {
+      kept[i] += rule->gain1[k] * (now[i] - kept[i]);
+      value[i] = kept[i] * unbias;
+      if (i < t->rows) sum += value[i];
+    }
+    float mean = (float)(sum / (double)t->rows);
+    if (mean < TINY) mean = TINY;
+    for (long i = 0; i < both; i++) {
+      task->factors.inverse[k * both + i] = 1.0f / (__builtin_sqrtf(value[i]) + rule->eps);
+      task->factors.root[k * both + i] = __builtin_sqrtf(i < t->rows ? value[i] / mean : value[i]);
+    }
+  }
+}
+
+/* ---- What the MLP sees ---- */
+
+/* A tile of coordinates, from row r and column c on. */
+typedef struct {
+  long at, n, r, c;
+  float g[TILE], theta[TILE], v[TILE], m[MOST_MEANS * TILE];
+  float x[MOST_OWN * TILE];
+} Tile;
+
+/* Calls `RUN_OF(i, r, c, n)` for each run of a tile's coordinates, from the i-th on, that lie in one row. */
+#define EACH_RUN(t, tile, RUN_OF)                                                             \
+  for (long i_ = 0, r_ = (tile)->r, c_ = (tile)->c; i_ < (tile)->n; r_++, c_ = 0) {            \
+    long n_ = min_of((t)->columns - c_, (tile)->n - i_);                                       \
+    RUN_OF(i_, r_, c_, n_);                                                                    \
+    i_ += n_;                                                                                  \
+  }
+
+/* x [inputs, TILE]: gradient, clipped, theta, square, inverse, ratio, means, mean_ratios, factored, factored_means. */
+INLINE void see(const long means, const Rule *rule, const Tensor *t, const Task *task, Tile *tile) {
+  long both = t->rows + t->columns;
+  float *x = tile->x;
+  float roots[MOST_MEANS * TILE] __attribute__((aligned(64)));
+  const float *of_rows = task->factors.root, *of_columns = of_rows + t->rows;
+  if (t->rows && tile->c + TILE <= t->columns) {
+    for (long k = 0; k < means; k++)
+      for (int v = 0; v < TILE; v += LANES)
+        *(vec *)(roots + k * TILE + v) =
+            of_rows[k * both + tile->r] * (vec) * (const unaligned *)(of_columns + k * both + tile->c + v);
+  } else if (t->rows) {
+    memset(roots, 0, sizeof roots);
+#define ROOTS(i, r, c, n)            \
+  for (long k = 0; k < means; k++)   \
+    for (long j = 0; j < n; j++) roots[k * TILE + i + j] = of_rows[k * both + r] * of_columns[k * both + c + j]
+    EACH_RUN(t, tile, ROOTS)
+  }
+  for (int v = 0; v < TILE; v += LANES, x += LANES) {
+    vec g = *(vec *)(tile->g + v), square = *(vec *)(tile->v + v) * task->unbias2;
+    ivec moved = square != 0.0f;
+    vec inverse = inverse_of(square_root(square) + rule->eps);
+    *(vec *)(x) = g;
+    *(vec *)(x + TILE) = clamped(g, rule->clip);
+    *(vec *)(x + 2 * TILE) = where(moved, *(vec *)(tile->theta + v));
+    *(vec *)(x + 3 * TILE) = square;
+    *(vec *)(x + 4 * TILE) = where(moved, inverse);
+    *(vec *)(x + 5 * TILE) = g * inverse;
+    for (long k = 0; k < means; k++) {
+      vec mean = *(vec *)(tile->m + k * TILE + v) * task->unbias1[k];
+      *(vec *)(x + (6 + k) * TILE) = mean;
+      *(vec *)(x + (6 + means + k) * TILE) = mean * inverse;
+      if (t->rows) {
+        vec factor = inverse_of(*(vec *)(roots + k * TILE + v) + rule->eps);
+        *(vec *)(x + (6 + 2 * means + k) * TILE) = g * factor;
+        *(vec *)(x + (6 + 3 * means + k) * TILE) = mean * factor;
+      }
+    }
+  }
+}
+
+/* The next tile of a block that ends at `end`. */
+INLINE void go_to(const Tensor *t, Tile *tile, long at, long end) {
+  tile->n = min_of(TILE, end - at);
+  if (t->rows) {
+    if (!tile->at || at != tile->at + TILE) {
+      tile->r = at / t->columns;
+      tile->c = at % t->columns;
+    } else
+      for (tile->c += TILE; tile->c >= t->columns; tile->c -= t->columns) tile->r++;
+  }
+  tile->at = at;
+}
+
+INLINE void take(float *restrict to, const float *restrict from, long n) {
+  if (n < TILE) memset(to, 0, TILE * sizeof(float));
+  copy(to, from, n);
+}
+
+/* ---- The running means, and the sums of squares of all that the MLP sees ---- */
+
+/* Block `block` of a task. sums [inputs + 1]: squares, and the number of moved coordinates; without an MLP the direction
+ * is written, and the first of the sums is that of its squares. */
+INLINE void remember(const long means, const Rule *rule, const Tensor *t, const Task *task, long of, long block,
+                     double *restrict sums) {
+  long inputs = rule->hidden ? inputs_of(rule, t) : 1, end = min_of((block + 1) * BLOCK, t->size);
+  vec squares[MOST_OWN] = {{0}}, count = {0};
+  Tile tile = {.at = 0};
+  memset(sums, 0, (inputs + 1) * sizeof(double));
+  const float *g = t->gradient + of * t->size, *theta = t->theta + of * t->size;
+  float *direction = t->direction + of * t->size, *state = t->state + of * t->size;
+  long at = block * BLOCK, stride = t->tasks * t->size;
+  for (long tiles = 1; at < end; at += TILE, tiles++) {
+    go_to(t, &tile, at, end);
+    take(tile.g, g + at, tile.n);
+    take(tile.v, state + means * stride + at, tile.n);
+    for (long k = 0; k < means; k++) take(tile.m + k * TILE, state + k * stride + at, tile.n);
+    for (int v = 0; v < TILE; v += LANES) {
+      vec x = clamped(*(vec *)(tile.g + v), rule->largest), *square = (vec *)(tile.v + v);
+      *(vec *)(tile.g + v) = x;
+      *square += rule->gain2 * (x * x - *square);
+      for (long k = 0; k < means; k++) {
+        vec *mean = (vec *)(tile.m + k * TILE + v);
+        *mean += rule->gain1[k] * (x - *mean);
+      }
+      count -= __builtin_convertvector((ivec)(*square * task->unbias2 != 0.0f), vec);
+    }
+    copy(state + means * stride + at, tile.v, tile.n);
+    for (long k = 0; k < means; k++) copy(state + k * stride + at, tile.m + k * TILE, tile.n);
+    if (rule->hidden) {
+      take(tile.theta, theta + at, tile.n);
+      see(means, rule, t, task, &tile);
+      for (long k = 0; k < inputs; k++)
+        for (int v = 0; v < TILE; v += LANES) {
+          vec x = *(vec *)(tile.x + k * TILE + v);
+          squares[k] += x * x;
+        }
+    } else {
+      for (int v = 0; v < TILE; v += LANES) {
+        vec square = *(vec *)(tile.v + v) * task->unbias2;
+        vec x = *(vec *)(tile.m + v) * task->unbias1[0] / (square_root(square) + rule->eps);
+        x = where(square != 0.0f, x);
+        *(vec *)(tile.x + v) = x;
+        squares[0] += x * x;
+      }
+      copy(direction + at, tile.x, tile.n);
+    }
+    if (tiles % RUN == 0 || at + TILE >= end) {
+      for (long k = 0; k < inputs; k++) {
+        sums[k] += sum_of(squares[k]);
+        squares[k] = (vec){0};
+      }
+      sums[inputs] += sum_of(count);
+      count = (vec){0};
+    }
+  }
+}
+
+static void remember_block(const Rule *rule, const Tensor *t, const Task *task, long of, long block, double *sums) {
+  if (rule->means == 1)
+    remember(1, rule, t, task, of, block, sums);
+  else if (rule->means == 3)
+    remember(3, rule, t, task, of, block, sums);
+  else
+    remember(rule->means, rule, t, task, of, block, sums);
+}
+
+/* ---- The MLP ---- */
+
+/* What the layers' weights take in Task, [units of four, 1 + rows, 4]. */
+INLINE long first_size(const Rule *rule) { return padded(rule->hidden, 4) * (1 + MOST_OWN); }
+INLINE long second_size(const Rule *rule) { return padded(rule->hidden, 4) * (1 + padded(rule->hidden, 4)); }
+
+INLINE float root_mean(double sum, double count) {
+  float square = (float)(sum / count);
+  return __builtin_sqrtf(square < TINY ? TINY : square);
+}
+
+/* The division of each input by its root mean square is in the first layer's weights; `sums` as remember() made them. */
+static void pack(const Rule *rule, const Tensor *t, long of, const double *sums, Task *task) {
+  long inputs = inputs_of(rule, t), hidden = rule->hidden, wide = padded(hidden, 4);
+  const Weights *w = &rule->weights;
+  float size[MOST_OWN];
+  for (long k = 0; k < inputs; k++) size[k] = root_mean(sums[k], (double)t->size);
+  for (long j = 0; j < wide; j++) {
+    float *to = task->first + j / 4 * 4 * (1 + inputs) + j % 4;
+    to[0] = j < hidden ? w->hidden_bias[j] : 0.0f;
+    for (long k = 0; k < rule->times && j < hidden; k++)
+      to[0] += w->hidden[j * w->columns + w->places[MOST_INPUTS + k]] * w->times[of * rule->times + k];
+    for (long k = 0; k < inputs; k++) {
+      long place = w->places[k];
+      to[4 * (1 + k)] = j < hidden && place >= 0 ? w->hidden[j * w->columns + place] / size[k] : 0.0f;
+    }
+    to = task->second + j / 4 * 4 * (1 + wide) + j % 4;
+    to[0] = j < hidden ? w->second_bias[j] : 0.0f;
+    for (long k = 0; k < wide; k++) to[4 * (1 + k)] = j < hidden && k < hidden ? w->second[j * hidden + k] : 0.0f;
+  }
+  task->whole = 1.0f / root_mean(sums[6 + rule->means], sums[inputs] < 1.0 ? 1.0 : sums[inputs]);
+}
+
+/* How many coordinates of each row and column of a task have moved, [rows + columns]. */
+static void count_moved(const Tensor *t, long of, int all, float *restrict counts) {
+  const float *squares = t->state + (t->means * t->tasks + of) * t->size;
+  for (long i = 0; i < t->rows + t->columns; i++) counts[i] = all ? (float)(i < t->rows ? t->columns : t->rows) : 0.0f;
+  for (long r = 0; r < t->rows && !all; r++)
+    for (long c = 0; c < t->columns; c++) {
+      float moved = squares[r * t->columns + c] != 0.0f;
+      counts[r] += moved;
+      counts[t->rows + c] += moved;
+    }
+}
+
+/* What the inputs of rows and columns, (rows, columns, inverse_rows, inverse_columns), add to the first layer's sums. counts:
+ * those of count_moved, of which nothing is left. */
+static void pack_factors(const Rule *rule, const Tensor *t, Task *task, float *restrict counts) {
+  const Weights *w = &rule->weights;
+  long both = t->rows + t->columns, wide = padded(rule->hidden, 4), first = 6 + 4 * rule->means;
+  memset(task->by_row, 0, wide * both * sizeof(float));
+  for (long kind = 0; kind < 4 * rule->means; kind++) {
+    long column = kind / rule->means % 2, n = column ? t->columns : t->rows, place = w->places[first + kind];
+    const float *values = kind < 2 * rule->means ? task->factors.value : task->factors.inverse;
+    float *to = column ? task->by_column : task->by_row;
+    double sum = 0.0;
+    if (place < 0) continue;
+    values += kind % rule->means * both + column * t->rows;
+    for (long i = 0; i < n; i++) sum += (double)(values[i] * values[i]) * counts[column * t->rows + i];
+    float size = root_mean(sum, (double)t->size);
+    for (long j = 0; j < rule->hidden; j++) {
+      float weight = w->hidden[j * w->columns + place] / size;
+      for (long i = 0; i < n; i++) to[j * n + i] += weight * values[i];
+    }
+  }
+}
+
+/* h [wide, TILE] += what the rows and columns of a tile's coordinates add, if these have moved. */
+INLINE void add_factors(const Tensor *t, const Task *task, const Tile *tile, long wide, float *restrict h) {
+  if (tile->c + TILE <= t->columns) {
+    for (long j = 0; j < wide; j++)
+      for (int v = 0; v < TILE; v += LANES)
+        *(vec *)(h + j * TILE + v) +=
+            where(*(vec *)(tile->v + v) != 0.0f,
+                  task->by_row[j * t->rows + tile->r] +
+                      (vec) * (const unaligned *)(task->by_column + j * t->columns + tile->c + v));
+    return;
+  }
+#define ADD(i, r, c, n)                 \
+  for (long j = 0; j < wide; j++)       \
+    for (long k = 0; k < n; k++)        \
+      if (tile->v[i + k] != 0.0f) h[j * TILE + i + k] += task->by_row[j * t->rows + r] + task->by_column[j * t->columns + c + k]
+  EACH_RUN(t, tile, ADD)
+}
+
+INLINE void relu(float *x, long rows) {
+  for (long k = 0; k < rows * TILE; k += LANES) *(vec *)(x + k) = at_least(*(vec *)(x + k), 0.0f);
+}
+
+/* Block `block` of a task; h [2 * padded hidden, TILE] is scratch. sums [2]: squares of the direction, and the MLP's second
+ * number. */
+INLINE void correct(const long means, const Rule *rule, const Tensor *t, const Task *task, long of, long block,
+                    float *restrict h, double *restrict sums) {
+  const Weights *w = &rule->weights;
+  long inputs = inputs_of(rule, t), hidden = rule->hidden, units = padded(hidden, 4) / 4;
+  long end = min_of((block + 1) * BLOCK, t->size), at = block * BLOCK, stride = t->tasks * t->size;
+  const float *g = t->gradient + of * t->size, *theta = t->theta + of * t->size, *state = t->state + of * t->size;
+  float *direction = t->direction + of * t->size, *above = h + 4 * units * TILE;
+  Tile tile = {.at = 0};
+  sums[0] = sums[1] = 0.0;
+  vec squares = {0}, second = {0};
+  for (long tiles = 1; at < end; at += TILE, tiles++) {
+    go_to(t, &tile, at, end);
+    take(tile.g, g + at, tile.n);
+    take(tile.theta, theta + at, tile.n);
+    take(tile.v, state + means * stride + at, tile.n);
+    for (long k = 0; k < means; k++) take(tile.m + k * TILE, state + k * stride + at, tile.n);
+    for (int v = 0; v < TILE; v += LANES) *(vec *)(tile.g + v) = clamped(*(vec *)(tile.g + v), rule->largest);
+    see(means, rule, t, task, &tile);
+    all_sums(units, 1, task->first, tile.x, inputs, 0, 0, h);
+    if (t->rows) add_factors(t, task, &tile, 4 * units, h);
+    relu(h, 4 * units);
+    all_sums(units, 1, task->second, h, 4 * units, 0, 0, above);
+    relu(above, 4 * units);
+    for (int v = 0; v < TILE; v += LANES) {
+      vec out = ALL(w->readout_bias[0]);
+      for (long j = 0; j < hidden; j++) out += w->readout[j] * *(vec *)(above + j * TILE + v);
+      out += *(vec *)(tile.x + (6 + means) * TILE + v) * task->whole;
+      out = where(*(vec *)(tile.v + v) * task->unbias2 != 0.0f, out);
+      *(vec *)(tile.x + v) = out;
+      squares += out * out;
+      if (rule->outputs > 1) {
+        vec other = ALL(w->readout_bias[1]);
+        for (long j = 0; j < hidden; j++) other += w->readout[hidden + j] * *(vec *)(above + j * TILE + v);
+        for (int k = 0; k < LANES; k++) second[k] += v + k < tile.n ? other[k] : 0.0f;
+      }
+    }
+    copy(direction + at, tile.x, tile.n);
+    if (tiles % RUN == 0 || at + TILE >= end) {
+      sums[0] += sum_of(squares);
+      sums[1] += sum_of(second);
+      squares = second = (vec){0};
+    }
+  }
+}
+
+static void correct_block(const Rule *rule, const Tensor *t, const Task *task, long of, long block, float *h,
+                          double *sums) {
+  if (rule->means == 3)
+    correct(3, rule, t, task, of, block, h, sums);
+  else
+    correct(rule->means, rule, t, task, of, block, h, sums);
+}
+
+/* ---- A step ---- */
+
+/* Where the scratch's parts begin, in bytes. */
+typedef struct {
+  long sums, tasks, factors, weights, bands, by, layers, end;
+} Layout;
+
+static Layout lay_out(const Rule *rule, const Tensor *t, long threads) {
+  Layout at = {0};
+  long both = t->rows ? t->rows + t->columns : 0;
+  at.tasks = padded(t->tasks * blocks_of(t) * (MOST_OWN + 1) * (long)sizeof(double), 64);
+  at.factors = at.tasks + padded(t->tasks * (long)sizeof(Task), 64);
+  at.weights = at.factors + t->tasks * padded(3 * rule->means * both * (long)sizeof(float), 64);
+  at.bands = at.weights + t->tasks * padded((first_size(rule) + second_size(rule)) * (long)sizeof(float), 64);
+  at.by = at.bands + t->tasks * padded((t->rows ? t->rows + BANDS * t->columns : 0) * (long)sizeof(float), 64);
+  at.layers = at.by + t->tasks * padded(padded(rule->hidden, 4) * both * (long)sizeof(float), 64);
+  at.end = at.layers + threads * 2 * padded(rule->hidden, 4) * TILE * (long)sizeof(float);
+  return at;
+}
+
+/* Bytes of scratch, to be aligned to 64, that normalized_direction needs. */
+long normalized_scratch(const Rule *rule, const Tensor *t, long threads) { return lay_out(rule, t, threads).end; }
+
+/* The running means of all tasks are brought to this step, and the direction is written, with its sums; the steps in
+ * `vector` are counted. */
+void normalized_direction(const Rule *rule, const Tensor *t, long threads, char *scratch) {
+  const Layout at = lay_out(rule, t, threads);
+  double *sums = (double *)(scratch + at.sums);
+  Task *tasks = (Task *)(scratch + at.tasks);
+  long both = t->rows ? t->rows + t->columns : 0, width = 1 + rule->means * both, blocks = blocks_of(t);
+  long of_band = t->rows ? (t->rows + BANDS - 1) / BANDS : 0, band_size = padded((t->rows + BANDS * t->columns) * 4, 64);
+  long inputs = rule->hidden ? inputs_of(rule, t) : 1;
+  for (long i = 0; i < t->tasks; i++) {
+    float *vector = t->vector + i * width;
+    vector[0] += 1.0f;
+    for (long k = 0; k < rule->means; k++) tasks[i].unbias1[k] = (float)(1.0 / weight_of(rule->gain1[k], vector[0]));
+    tasks[i].unbias2 = (float)(1.0 / weight_of(rule->gain2, vector[0]));
+    float *factors = (float *)(scratch + at.factors + i * padded(3 * rule->means * both * (long)sizeof(float), 64));
+    tasks[i].factors = (Factors){factors, factors + rule->means * both, factors + 2 * rule->means * both};
+    tasks[i].first = (float *)(scratch + at.weights +
+                               i * padded((first_size(rule) + second_size(rule)) * (long)sizeof(float), 64));
+    tasks[i].second = tasks[i].first + first_size(rule);
+    tasks[i].by_row = (float *)(scratch + at.by + i * padded(padded(rule->hidden, 4) * both * (long)sizeof(float), 64));
+    tasks[i].by_column = tasks[i].by_row + padded(rule->hidden, 4) * t->rows;
+  }
+#pragma omp parallel num_threads(threads) if (t->tasks * t->size > BLOCK)
+  {
+    unsigned mode = flush_denormals();
+    if (t->rows) {
+#pragma omp for schedule(static)
+      for (long u = 0; u < t->tasks * BANDS; u++) {
+        long i = u / BANDS, first = u % BANDS * of_band, n = min_of(of_band, t->rows - first);
+        float *of_rows = (float *)(scratch + at.bands + i * band_size), *of_columns = of_rows + t->rows;
+        memset(of_columns + u % BANDS * t->columns, 0, t->columns * sizeof(float));
+        if (n > 0)
+          add_squares(rule, t->gradient + i * t->size + first * t->columns, n, t->columns, of_rows + first,
+                      of_columns + u % BANDS * t->columns);
+      }
+#pragma omp for schedule(static)
+      for (long i = 0; i < t->tasks; i++) {
+        float *now = (float *)(scratch + at.bands + i * band_size), *of_columns = now + t->rows;
+        for (long r = 0; r < t->rows; r++) now[r] /= (float)t->columns;
+        for (long c = 0; c < t->columns; c++) {
+          for (long band = 1; band < BANDS; band++) of_columns[c] += of_columns[band * t->columns + c];
+          of_columns[c] /= (float)t->rows;
+        }
+        follow(rule, t, tasks + i, t->vector + i * width, now);
+      }
+    }
+#pragma omp for schedule(static)
+    for (long u = 0; u < t->tasks * blocks; u++)
+      remember_block(rule, t, tasks + u / blocks, u / blocks, u % blocks, sums + u * (MOST_OWN + 1));
+#pragma omp for schedule(static)
+    for (long i = 0; i < t->tasks; i++) {
+      double *total = sums + i * blocks * (MOST_OWN + 1);
+      for (long b = 1; b < blocks; b++)
+        for (long k = 0; k <= inputs; k++) total[k] += total[b * (MOST_OWN + 1) + k];
+      t->sums[3 * i] = total[0];
+      t->sums[3 * i + 1] = total[inputs];
+      if (rule->hidden) pack(rule, t, i, total, tasks + i);
+      if (rule->hidden && t->rows) {
+        float *counts = (float *)(scratch + at.bands + i * band_size);
+        count_moved(t, i, total[inputs] == (double)t->size, counts);
+        pack_factors(rule, t, tasks + i, counts);
+      }
+    }
+    if (rule->hidden) {
+      float *h = (float *)(scratch + at.layers) + omp_get_thread_num() * 2 * padded(rule->hidden, 4) * TILE;
+#pragma omp for schedule(static)
+      for (long u = 0; u < t->tasks * blocks; u++)
+        correct_block(rule, t, tasks + u / blocks, u / blocks, u % blocks, h, sums + u * (MOST_OWN + 1));
+#pragma omp for schedule(static)
+      for (long i = 0; i < t->tasks; i++) {
+        t->sums[3 * i] = t->sums[3 * i + 2] = 0.0;
+        for (long b = 0; b < blocks; b++) {
+          t->sums[3 * i] += sums[(i * blocks + b) * (MOST_OWN + 1)];
+          t->sums[3 * i + 2] += sums[(i * blocks + b) * (MOST_OWN + 1) + 1];
+        }
+      }
+    }
+    restore(mode);
+  }
+}
+
+/* From directions to updates, in place: -rate of the task times the direction, which is divided by its root mean square if
+ * it is to be `normalized`. After the direction was changed `squares`, the running means [tasks, size], say which
+ * coordinates have moved, and what is summed over them is summed anew, by scratch [tasks, blocks]; else 0. */
+void normalized_update(const Tensor *t, long normalized, const float *restrict squares, const float *restrict rates,
+                       long threads, double *restrict scratch) {
+  long blocks = blocks_of(t);
+#pragma omp parallel num_threads(threads) if (t->tasks * t->size > BLOCK)
+  {
+    unsigned mode = flush_denormals();
+    if (squares) {
+#pragma omp for schedule(static)
+      for (long u = 0; u < t->tasks * blocks; u++) {
+        long at = u / blocks * t->size + u % blocks * BLOCK, n = min_of(BLOCK, t->size - u % blocks * BLOCK);
+        float *x = t->direction + at;
+        double total = 0.0;
+        for (long first = 0; first < n; first += RUN * LANES) {
+          vec sum = {0};
+          long k = first, end = min_of(n, first + RUN * LANES);
+          for (; k + LANES <= end; k += LANES) {
+            vec one = where((vec) * (const unaligned *)(squares + at + k) != 0.0f, (vec) * (unaligned *)(x + k));
+            *(unaligned *)(x + k) = one;
+            sum += one * one;
+          }
+          for (; k < end; k++) {
+            if (squares[at + k] == 0.0f) x[k] = 0.0f;
+            total += x[k] * x[k];
+          }
+          total += sum_of(sum);
+        }
+        scratch[u] = total;
+      }
+#pragma omp for schedule(static)
+      for (long i = 0; i < t->tasks; i++) {
+        t->sums[3 * i] = 0.0;
+        for (long b = 0; b < blocks; b++) t->sums[3 * i] += scratch[i * blocks + b];
+      }
+    }
+#pragma omp for schedule(static)
+    for (long u = 0; u < t->tasks * blocks; u++) {
+      long i = u / blocks, at = i * t->size + u % blocks * BLOCK, n = min_of(BLOCK, t->size - u % blocks * BLOCK);
+      double count = t->sums[3 * i + 1] < 1.0 ? 1.0 : t->sums[3 * i + 1];
+      float square = (float)(t->sums[3 * i] / count), factor = -rates[i];
+      if (normalized) factor /= __builtin_sqrtf(square < TINY ? TINY : square);
+      float *x = t->direction + at;
+      for (long k = 0; k < n; k++) x[k] *= factor;
+    }
+    restore(mode);
+  }
+}

@@ -1,0 +1,134 @@
+"""An inner step of NormalizedMLP by the compiled kernel, `normalized.c`."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_l2l.rules.kernels.fused import MOST_MEANS
+
+#: What the MLP may see, in the kernel's order, and whether there is one of each for every running mean.
+ORDER = {
+    **dict.fromkeys(("gradient", "clipped", "theta", "square", "inverse", "ratio"), False),
+    **dict.fromkeys(("means", "mean_ratios", "factored", "factored_means"), True),
+    **dict.fromkeys(("rows", "columns", "inverse_rows", "inverse_columns"), True),
+}
+_MOST_INPUTS = 6 + 8 * MOST_MEANS
+_NUM_TIMES = 2
+
+
+class _Weights(ctypes.Structure):
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("hidden", "hidden_bias", "second", "second_bias")),
+        *((name, ctypes.c_void_p) for name in ("readout", "readout_bias", "places", "times")),
+        ("columns", ctypes.c_long),
+    )
+
+
+class NormalizedNumbers(ctypes.Structure):
+    """A rule's numbers, as `Rule` in normalized.c has them."""
+
+    _fields_ = (
+        *((name, ctypes.c_long) for name in ("hidden", "outputs", "means", "times", "factors")),
+        ("gain1", ctypes.c_float * MOST_MEANS),
+        *((name, ctypes.c_float) for name in ("gain2", "eps", "largest", "clip")),
+        ("weights", _Weights),
+    )
+
+    def keep(self, weights: Sequence[Tensor], places: Tensor, times: Tensor) -> None:
+        """Hold on to the MLP.
+
+        Args:
+            weights: Of its three layers, weight and bias each, contiguous.
+            places: See `places_of`.
+            times: The moment, `[num_tasks, 2]`, contiguous.
+        """
+        self.kept = (*weights, places, times)
+        self.weights = _Weights(*(one.data_ptr() for one in self.kept), weights[0].shape[1])
+
+
+class _Tensor(ctypes.Structure):
+    _fields_ = (
+        *((name, ctypes.c_long) for name in ("tasks", "means", "size", "rows", "columns")),
+        *((name, ctypes.c_void_p) for name in ("gradient", "theta", "state", "vector", "direction", "sums")),
+    )
+
+
+class NormalizedStep:
+    """The compiled kernel on one tensor of each task: the running means are brought to this step, in place.
+
+    Args:
+        library: What `fused_for` gave.
+        rule: The rule's numbers.
+        matrix: Rows and columns of the tensor; None: it is no matrix.
+        tensors: Gradient and theta `[num_tasks, *shape]`, the running means `[means + 1, num_tasks, *shape]` and the
+            rule's state of the tensor `[num_tasks, vector_size]`, float32 and contiguous.
+
+    Attributes:
+        direction: In the shape of the gradient.
+    """
+
+    def __init__(
+        self, library: Any, rule: NormalizedNumbers, matrix: tuple[int, int] | None, tensors: Sequence[Tensor]
+    ) -> None:
+        self.library, self.kept, self.threads = library, tensors, torch.get_num_threads()
+        gradient = tensors[0]
+        self.direction = torch.empty_like(gradient)
+        self.sums = torch.empty(len(gradient), 3, dtype=torch.float64)
+        pointers = [tensor.data_ptr() for tensor in (*tensors, self.direction, self.sums)]
+        sides = matrix if matrix and rule.factors else (0, 0)
+        self.tensor = _Tensor(len(gradient), rule.means, gradient.numel() // len(gradient), *sides, *pointers)
+        where = ctypes.byref(rule), ctypes.byref(self.tensor), self.threads
+        scratch = torch.empty(library.normalized_scratch(*where), dtype=torch.uint8)
+        library.normalized_direction(*where, scratch.data_ptr())
+
+    @property
+    def second_sums(self) -> Tensor:
+        """The sum over the coordinates of a task of the second number that the MLP gives: `[num_tasks]`."""
+        return self.sums[:, 2].float()
+
+    def update_(self, rate: Tensor, *, normalize: bool, changed: Tensor | None = None) -> Tensor:
+        """From the direction to the update.
+
+        Args:
+            rate: Of each task, `[num_tasks]`.
+            normalize: Whether the direction is divided by its root mean square over coordinates that have moved.
+            changed: What takes the place of the direction, contiguous, in its shape.
+
+        Returns:
+            The update, in the shape of the gradient.
+        """
+        scratch = squares = None
+        if changed is not None:
+            self.direction, self.tensor.direction = changed, changed.data_ptr()
+            squares = self.kept[2][-1].data_ptr()
+            scratch = torch.empty(2 * len(rate) + changed.numel() // 1024, dtype=torch.float64)
+        rate = rate.contiguous()
+        where = (squares, rate.data_ptr(), self.threads, None if scratch is None else scratch.data_ptr())
+        self.library.normalized_update(ctypes.byref(self.tensor), normalize, *where)
+        return self.direction
+
+
+def places_of(seen: Sequence[str], num_means: int, timed: bool) -> Tensor:
+    """Of each input that the kernel makes the column of the first layer, -1 where the MLP does not see it.
+
+    Args:
+        seen: Names in the order of the layer's columns.
+        num_means: Running means of the gradient.
+        timed: Whether the moment comes after them.
+    """
+    columns, at = {}, 0
+    for name in seen:
+        columns[name] = at
+        at += num_means if ORDER[name] else 1
+    places = [
+        columns[name] + k if name in columns else -1
+        for name, several in ORDER.items()
+        for k in range(num_means if several else 1)
+    ]
+    places += [-1] * (_MOST_INPUTS - len(places))
+    return torch.tensor([*places, *range(at, at + _NUM_TIMES * timed)])
