@@ -20,7 +20,8 @@ from lightning.pytorch import Callback
 from lightning_l2l import Quadratic, main
 
 _CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["lightning_l2l"])
+# The package alone imports nothing of what takes its time, which is Lightning.
+_CONTEXT.set_forkserver_preload(["lightning_l2l.commands.main", "matplotlib.pyplot", "torch._dynamo"])
 
 TINY = [
     "--model.num_steps=6",
