@@ -62,7 +62,7 @@ class LearnedOptimizer(Optimizer):
     Args:
         params: Parameters, named parameters, or groups of them as dicts, as `torch.optim.Adam` takes them. A group may
             have its own `lr`, `num_steps`, `weight_decay`, `maximize` and `max_update`. `RuleGroups` need them named.
-            What else a group has is kept, as by `torch.optim`, and does nothing.
+            What else a group has is kept and ignored, as by `torch.optim`; of `betas` and the like a warning says so.
         rule: A rule, or what `load_rule` takes; "general" is the shipped one that has proved best on optimizees which
             it was not meta-trained on. Where it is on another device than a parameter, a copy is made there.
         lr: Factor on the rule's update, at least 0; a number, or a tensor of one. Where the largest of all groups is

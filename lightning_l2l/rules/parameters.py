@@ -72,7 +72,7 @@ def warn_of_habits(groups: Sequence[Mapping[str, Any]], rule_of: Callable[[Tenso
     found = [name for name in _OF_OTHERS if any(group.get(name) for group in groups)]
     if found:
         warnings.warn(
-            f"a group of parameters has {', '.join(found)}: the rule has no such hyperparameter and does not mind it. "
+            f"a group of parameters has {', '.join(found)}: the rule has no such hyperparameter and ignores it. "
             "Remove it",
             stacklevel=3,
         )
