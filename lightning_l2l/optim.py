@@ -5,26 +5,40 @@ from __future__ import annotations
 import copy
 import logging
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
+from inspect import signature
 from itertools import groupby
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NoReturn, cast
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Adam, Optimizer
+from torch.optim import Optimizer
 
 from lightning_l2l.arguments import brief, check_callable, check_flag, check_type, is_number
 from lightning_l2l.rules import RuleGroups, UpdateRule
 from lightning_l2l.rules.files import load_rule
-from lightning_l2l.rules.parameters import check_gradient, check_known, check_options, check_state
-from lightning_l2l.rules.safeguards import new_record, over_ranks, runs_away
+from lightning_l2l.rules.groups import rules_of
+from lightning_l2l.rules.parameters import (
+    MADE_BY,
+    RECORD,
+    check_arguments,
+    check_gradient,
+    check_known,
+    check_options,
+    decay_,
+    kind_of,
+    lr_of,
+    saved_states,
+    warn_of_habits,
+)
+from lightning_l2l.rules.safeguards import fall_back, new_record, over_ranks, runs_away
 from lightning_l2l.rules.segments import Segment, lay_out, runs
-from lightning_l2l.rules.tensors import Clock, TensorRule, shapes_of, step_tensor
+from lightning_l2l.rules.tensors import Clock, TensorRule, step_tensor
 
-RECORD = "loss_record"
 CLOCK = "step"
+SKIPPED = "num_skipped"
 
 log = logging.getLogger(__name__)
 
@@ -34,7 +48,11 @@ class LearnedOptimizer(Optimizer):
 
     All parameters go through the rule in one pass. The rule itself is not trained, and it has no hyperparameters to
     tune: `lr` multiplies its update, so that learning-rate schedules work and groups can have a scale of their own;
-    1 is the rule as it was trained.
+    1 is the rule as it was trained. `OneCycleLR` and `CyclicLR` find no momentum to cycle, so tell them:
+    `OneCycleLR(optimizer, max_lr=1.0, total_steps=1000, cycle_momentum=False)`.
+
+    A state_dict says, in each group, which rule made the state (`made_by`) and how many steps were left out
+    (`num_skipped`). It is for the same rule alone, its meta-parameters included.
 
     State, for a parameter p: `rule_state`, `[state_size, p.numel()]` with the size of its rule's state, in the rule's
     dtype (float32) whatever the dtype of p, on the device of p, from its first gradient on. A rule that sees its tensor
@@ -44,14 +62,17 @@ class LearnedOptimizer(Optimizer):
     Args:
         params: Parameters, named parameters, or groups of them as dicts, as `torch.optim.Adam` takes them. A group may
             have its own `lr`, `num_steps`, `weight_decay`, `maximize` and `max_update`. `RuleGroups` need them named.
+            What else a group has is kept and ignored, as by `torch.optim`; of `betas` and the like a warning says so.
         rule: A rule, or what `load_rule` takes; "general" is the shipped one that has proved best on optimizees which
             it was not meta-trained on. Where it is on another device than a parameter, a copy is made there.
-        lr: Factor on the rule's update, at least 0; a number, or a tensor of one.
+        lr: Factor on the rule's update, at least 0; a number, or a tensor of one. Where the largest of all groups is
+            below 0.01, as a learning rate of Adam, a warning says so; 0 may freeze a group.
         num_steps: Steps that will be made, at least 1, for rules that see the time, such as `NormalizedMLP`; None:
             nobody knows. Going on beyond it is allowed: the rate stays at its floor. Other rules do not mind it.
         weight_decay: Decoupled, as in `torch.optim.AdamW`: an inner step begins with theta *= 1 - lr * weight_decay.
-            At least 0. Since lr is 1 here rather than 0.001, values are far smaller than AdamW's; but a rule that sees
-            its tensor multiplies it by its rate of the moment, so that AdamW's 0.01 to 0.1 mean what they mean there.
+            At least 0. Since lr is 1 here rather than 0.001, values are about 1000 times smaller than AdamW's, and a
+            warning says so above 0.005; but a rule that sees its tensor multiplies it by its rate of the moment, so
+            that AdamW's 0.01 to 0.1 mean what they mean there.
         maximize: Go up: the rule is given the gradient of minus the loss.
         max_update: Bound on the absolute update of a coordinate, before lr; above 0. None: no bound.
         skip_nonfinite: Leave out an inner step, its effect on the state included, where any gradient has inf or nan;
@@ -60,10 +81,11 @@ class LearnedOptimizer(Optimizer):
         fallback_lr: Learning rate, times `lr`, of the Adam that takes over for good when the loss runs away, as
             `safeguards.runs_away` defines it; a line is logged. It needs the loss: `step(closure)` or
             `step(loss=loss)`, to be minimised unless all groups maximize. Above 0. None: the rule stays.
+        **unknown: None: arguments of other optimizers, such as `betas` or `foreach`, are refused by name.
 
     Raises:
         ValueError: An option is out of its range, or a parameter's name does not tell which of `RuleGroups` is its own.
-        TypeError: The rule is none, or a module is given in place of its parameters.
+        TypeError: The rule is none, a module is given in place of its parameters, or there is no such argument.
         RuntimeError: In `step`, for a sparse or complex gradient, or `fallback_lr` without a loss.
 
     Example:
@@ -89,7 +111,9 @@ class LearnedOptimizer(Optimizer):
         max_update: float | None = None,
         skip_nonfinite: bool = True,
         fallback_lr: float | None = None,
+        **unknown: NoReturn,
     ) -> None:
+        check_arguments([*signature(LearnedOptimizer).parameters][:-1], unknown)
         if fallback_lr is not None and not (is_number(fallback_lr) and fallback_lr > 0):
             raise ValueError(f"fallback_lr={brief(fallback_lr)} is not above 0; use 0.001, or None for no fallback")
         check_flag(maximize=maximize, skip_nonfinite=skip_nonfinite)
@@ -106,6 +130,7 @@ class LearnedOptimizer(Optimizer):
         options = {"lr": lr, "num_steps": num_steps, "weight_decay": weight_decay}
         options |= {"maximize": maximize, "max_update": max_update}
         super().__init__(params, options)
+        warn_of_habits(self.param_groups, self._rule_of)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As `torch.optim.Optimizer.add_param_group`; also in the middle of training.
@@ -117,7 +142,7 @@ class LearnedOptimizer(Optimizer):
         check_options(options)
         super().add_param_group(param_group)
         try:
-            self._find_rules()
+            self._rules = rules_of(self.rule, self.param_groups)
             check_known(param_group["num_steps"], [self._rules[p] for p in param_group["params"]])
         except ValueError:
             self.param_groups.pop()
@@ -125,17 +150,8 @@ class LearnedOptimizer(Optimizer):
 
     def _rule_of(self, p: Tensor) -> UpdateRule:
         if p not in self._rules:  # of a copy
-            self._find_rules()
+            self._rules = rules_of(self.rule, self.param_groups)
         return self._rules[p]
-
-    def _find_rules(self) -> None:
-        """Which rule updates each parameter: a matter of its name."""
-        params = [p for group in self.param_groups for p in group["params"]]
-        names = [n for group in self.param_groups for n in group.get("param_names", [None] * len(group["params"]))]
-        of_name: dict[Any, list[Tensor]] = {}
-        for name, p in zip(names, params, strict=True):
-            of_name.setdefault(name, []).append(p)
-        self._rules = {p: rule for rule, found in self.rule.by_name(of_name) for name in found for p in of_name[name]}
 
     def _seen_as_tensors(self, params: Iterable[Tensor]) -> dict[Tensor, None]:
         """Those of the parameters whose rule sees more than coordinates."""
@@ -171,7 +187,7 @@ class LearnedOptimizer(Optimizer):
             self._watch(loss, closure is not None)
         if self.handed_over:
             if self._usable([p.grad for p in group_of]):
-                self._fall_back()
+                fall_back(self.param_groups, self.state, cast(float, self.fallback_lr))
             return loss
         whole = self._seen_as_tensors(group_of)
         self._lay_out(group_of.keys() - whole if whole else group_of)
@@ -214,12 +230,12 @@ class LearnedOptimizer(Optimizer):
         """Add to neighbours of one group what is theirs of `update`, which begins at coordinate `start`."""
         params, offsets = segment.params[run[0] : run[-1] + 1], segment.offsets[run[0] : run[-1] + 2]
         update = update[offsets[0] - start : offsets[-1] - start]
-        lr, bound = _lr(group), group["max_update"]
+        lr, bound = lr_of(group), group["max_update"]
         if bound is not None:
             update.clamp_(-bound, bound)
         if isinstance(lr, Tensor) or lr != 1:
             update.mul_(lr)
-        _decay(params, group)
+        decay_(params, group)
         parts = torch.split(update, [p.numel() for p in params])
         torch._foreach_add_(params, [part.view(p.shape) for part, p in zip(parts, params, strict=True)])
 
@@ -233,8 +249,8 @@ class LearnedOptimizer(Optimizer):
         if group["max_update"] is not None:
             update.clamp_(-group["max_update"], group["max_update"])
         if group["weight_decay"]:
-            p.mul_(1 - _lr(group) * group["weight_decay"] * rate.to(p.dtype))
-        lr = _lr(group)
+            p.mul_(1 - lr_of(group) * group["weight_decay"] * rate.to(p.dtype))
+        lr = lr_of(group)
         p.add_(update * lr) if isinstance(lr, Tensor) else p.add_(update, alpha=lr)
 
     def _lay_out(self, params: Iterable[Tensor]) -> None:
@@ -274,34 +290,29 @@ class LearnedOptimizer(Optimizer):
                 self.fallback_lr,
             )
 
-    def _fall_back(self) -> None:
-        groups = []
-        for group in self.param_groups:
-            _decay([p for p in group["params"] if p.grad is not None], group)
-            groups.append(
-                {"params": group["params"], "lr": _lr(group) * self.fallback_lr, "maximize": group["maximize"]}
-            )
-        adam = Adam(groups)
-        adam.state = self.state
-        adam.step()
+    def state_dict(self) -> dict[str, Any]:
+        """As `torch.optim.Optimizer.state_dict`; each group says `num_skipped`, and which rule made the state."""
+        content = super().state_dict()
+        for group in content["param_groups"]:
+            group.update({MADE_BY: kind_of(self.rule), SKIPPED: self.num_skipped})
+        return content
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As `torch.optim.Optimizer.load_state_dict`; the rule's state keeps its own dtype.
 
         Raises:
-            ValueError: The state was saved with another model or another rule.
+            ValueError: The state was saved with another optimizer, another rule or another model.
         """
         given: dict[Tensor, dict[str, Tensor]] = {}
 
         def before(_: Optimizer, state_dict: dict[str, Any]) -> None:
-            for p, k in self._match(state_dict):
-                saved, shapes = state_dict["state"].get(k, {}), shapes_of(self._rule_of(p), p)
-                given[p] = {name: saved[name] for name in shapes if saved.get(name) is not None}
-                for name, state in given[p].items():
-                    check_state(name, state, p, shapes[name])
+            params = [p for group in self.param_groups for p in group["params"]]
+            given.update(saved_states(state_dict, params, self.rule, self._rule_of))
 
         def after(_: Optimizer) -> None:
-            for group in self.param_groups:  # as another optimizer saved them
+            for group in self.param_groups:
+                group.pop(MADE_BY, None)
+                self.num_skipped = group.pop(SKIPPED, 0)
                 for option in ("lr", "num_steps", "weight_decay", "maximize", "max_update"):
                     group.setdefault(option, self.defaults[option])
             # The base class casts floating-point state to the parameter's dtype: take the values from the source.
@@ -324,11 +335,6 @@ class LearnedOptimizer(Optimizer):
             for handle in handles:
                 handle.remove()
 
-    def _match(self, state_dict: dict[str, Any]) -> Iterator[tuple[Tensor, Any]]:
-        """Own parameters with those of the state dict, as far as they match; the base class says where not."""
-        saved = [p for group in state_dict["param_groups"] for p in group["params"]]
-        return zip([p for group in self.param_groups for p in group["params"]], saved, strict=False)
-
     def __getstate__(self) -> dict[str, Any]:
         """What is copied and pickled: all but what can be made anew."""
         kept = {key: self.__dict__[key] for key in ("rule", "skip_nonfinite", "num_skipped", "fallback_lr")}
@@ -339,13 +345,3 @@ def _without_autocast(device_type: str) -> AbstractContextManager[Any]:
     """A step may be made inside of an autocast, as Lightning's manual optimization does."""
     available = torch.amp.is_autocast_available(device_type)
     return torch.autocast(device_type, enabled=False) if available else nullcontext()
-
-
-def _lr(group: dict[str, Any]) -> Any:
-    """A number, or a tensor without dimensions: on an accelerator it is not waited for."""
-    return group["lr"].view(()) if isinstance(group["lr"], Tensor) else group["lr"]
-
-
-def _decay(params: list[Tensor], group: dict[str, Any]) -> None:
-    if group["weight_decay"] and params:
-        torch._foreach_mul_(params, 1 - _lr(group) * group["weight_decay"])

@@ -25,6 +25,7 @@ def result_of(function, *arguments, **options):
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             warnings.filterwarnings("ignore", "Using a target size")  # torch's own clear line about mse_loss
+            warnings.filterwarnings("ignore", "lr=.* is a factor|weight_decay=.* off each")  # of LearnedOptimizer
             return function(*arguments, **options)
     except (ValueError, TypeError, FileNotFoundError) as error:
         assert find_foreseen(error) is error, f"{type(error).__name__}: {error}"[:300]

@@ -2,20 +2,35 @@
 
 import copy
 import math
+import re
+import warnings
+from contextlib import nullcontext
 
 import pytest
 import torch
 from torch import nn
 
-from lightning_l2l import CoordinatewiseLSTM, LearnedOptimizer, Quadratic
+from lightning_l2l import CoordinatewiseLSTM, LearnedOptimizer, NormalizedMLP, Quadratic, RNNprop, RuleGroups
 from lightning_l2l.evaluation.rollout import rollout
 from lightning_l2l.meta.first_order import FirstOrder
 from lightning_l2l.meta.unroll import Unroll
 from lightning_l2l.rules import UpdateRule
 from lightning_l2l.rules.describe import describe
 from lightning_l2l.rules.files import load_rule, save_rule
+from lightning_l2l.rules.tensors import Moment
 from lightning_l2l.tasks import MLP, NetworkTask
-from optimizers import SHAPES, assert_same, feed, gradients, normal, parameters, values
+from optimizers import (
+    SHAPES,
+    LearnedMomentum,
+    Momentum,
+    assert_same,
+    feed,
+    gradients,
+    normal,
+    parameters,
+    through_a_file,
+    values,
+)
 
 
 class Sign(UpdateRule):
@@ -207,9 +222,15 @@ def test_lr_multiplies_the_update_and_does_nothing_to_the_state(rule, lr):
 
 
 def test_one_cycle_has_no_momentum_to_cycle(rule):
-    optimizer = LearnedOptimizer(parameters(), rule)
-    with pytest.raises(ValueError, match="must support momentum or beta1"):
-        torch.optim.lr_scheduler.OneCycleLR(optimizer, 1.0, 10)
+    optimizer, lrs = LearnedOptimizer(parameters(), rule), []
+    with pytest.raises(ValueError, match="must support momentum or beta1 with `cycle_momentum` option"):
+        torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=1.0, total_steps=10)
+    scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=1.0, total_steps=10, cycle_momentum=False)
+    for _ in range(9):
+        optimizer.step()
+        scheduler.step()
+        lrs.append(optimizer.param_groups[0]["lr"])
+    assert max(lrs) == 1.0 and lrs[-1] < 0.01  # a schedule may end where nobody may begin
 
 
 @pytest.mark.parametrize("lr", [1.0, 0.5, torch.tensor(0.5)])
@@ -249,6 +270,87 @@ def test_options_out_of_their_range_are_refused_wherever_they_are_given(rule, op
     with pytest.raises(ValueError, match=message):
         optimizer.add_param_group({"params": params[2:], **options})
     assert len(optimizer.param_groups) == 1
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (
+            {"betas": (0.9, 0.99)},
+            r"betas=\(0\.9, 0\.99\) is no .* Remove betas, or use one of params, rule, lr, num_steps",
+        ),
+        ({"foreach": True}, r"foreach=True is no argument .* max_update, skip_nonfinite, fallback_lr$"),
+        ({"learning_rate": 0.1}, r"learning_rate=0\.1 is no argument of LearnedOptimizer"),
+    ],
+)
+def test_arguments_of_other_optimizers_are_refused_by_name(rule, options, message):
+    with pytest.raises(TypeError, match=message):
+        LearnedOptimizer(parameters(), rule, **options)
+
+
+def mixed(one, other):
+    return RuleGroups({"a": one, "b": other})
+
+
+@pytest.mark.parametrize(
+    "options, groups, message",
+    [
+        ({"lr": 0.001}, [{}, {}], r"lr=0\.001 is a factor .* Leave lr out; where the loss jumps, use 0\.1$"),
+        ({"lr": torch.tensor(0.001)}, [{}, {}], r"lr=0\.001 is a factor"),
+        ({"lr": 0.001, "weight_decay": 0.1}, [{"lr": 0}, {}], r"lr=0\.001 is a factor"),  # the first thing alone
+        ({}, [{"lr": 0.001}, {"lr": 0.005}], r"lr=0\.005 is a factor"),
+        ({"lr": 0.001}, [{"lr": 1.0}, {}], None),
+        ({"lr": 0.0}, [{}, {}], None),
+        ({"lr": 0.01}, [{}, {}], None),
+        ({"weight_decay": 0.1}, [{}, {}], r"weight_decay=0\.1 takes 10 % off each .* AdamW's, such as 0\.0001$"),
+        ({"lr": 0.1}, [{}, {"weight_decay": 0.01}], r"weight_decay=0\.01 takes 0\.1 % off each parameter"),
+        ({"lr": torch.tensor(1.0), "weight_decay": 0.1}, [{}, {}], r"weight_decay=0\.1 takes 10 %"),
+        ({"weight_decay": 0.005}, [{}, {}], None),
+        ({"weight_decay": 0.1}, [{"lr": 0.0}, {"weight_decay": 0.0}], None),
+        ({}, [{"betas": (0.9, 0.999)}, {"eps": 1e-8}], r"a group of parameters has betas, eps: .* Remove it$"),
+        ({}, [{"momentum": 0}, {"name": "head", "initial_lr": 1.0}], None),
+    ],
+)
+def test_values_that_are_meant_for_adam_are_warned_of_once(rule, options, groups, message):
+    groups = [{"params": [p], **group} for p, group in zip(zeros([(2,), (3,)]), groups, strict=True)]
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        optimizer = LearnedOptimizer(groups, rule, **options)
+        told = [one for one in caught]
+        optimizer.add_param_group({"params": zeros([(4,)]), "lr": 0.001})
+        optimizer.load_state_dict(optimizer.state_dict())
+        copy.deepcopy(optimizer).step()
+    assert len(caught) == len(told) == (message is not None)
+    for one in told:
+        assert one.category is UserWarning and one.filename == __file__
+        assert re.search(message, str(one.message)), one.message
+
+
+def test_a_large_weight_decay_is_no_habit_where_a_rule_sees_its_tensor(rule):
+    sees = NormalizedMLP(hidden_size=0)
+    for which, warns in ((sees, False), (mixed(sees, sees), False), (mixed(sees, rule), True)):
+        named = [("a", nn.Parameter(torch.zeros(2))), ("b", nn.Parameter(torch.zeros(3)))]
+        with pytest.warns(UserWarning, match=r"weight_decay=0\.1 takes") if warns else nullcontext():
+            LearnedOptimizer(named, which, weight_decay=0.1)
+
+
+@pytest.mark.parametrize("lr", [1.0, 0.25])
+@pytest.mark.parametrize("decay", [0.01, 0.1])
+def test_where_a_rule_sees_its_tensor_lr_is_a_factor_and_weight_decay_that_of_adamw(decay, lr):
+    rule, at_rest, wanted = NormalizedMLP(hidden_size=0), zeros([(2, 3)]), zeros([(2, 3)])
+    feed(LearnedOptimizer(at_rest, rule, lr=lr, num_steps=50), at_rest, gradients(at_rest, 50))
+    feed(LearnedOptimizer(wanted, rule, num_steps=50), wanted, gradients(wanted, 50))
+    assert_same(values(at_rest), [lr * p for p in values(wanted)], exact=False)
+
+    params, wanted = ([nn.Parameter(torch.ones(2, 3))] for _ in range(2))
+    optimizer = LearnedOptimizer(params, rule, lr=lr, num_steps=50, weight_decay=decay)
+    adamw = torch.optim.AdamW(wanted, weight_decay=decay)
+    for step in range(50):
+        adamw.param_groups[0]["lr"] = lr * float(rule.rate(Moment(torch.tensor([step]), torch.tensor([50]))))
+        feed(optimizer, params, [[torch.zeros(2, 3)]])
+        feed(adamw, wanted, [[torch.zeros(2, 3)]])
+    assert_same(params, wanted, exact=False)
+    assert 0.2 * lr * decay < 1 - params[0].detach().min() < lr * decay
 
 
 def sparse(p):
@@ -312,12 +414,46 @@ def test_the_state_of_another_rule_or_model_is_refused_and_nothing_changes(rule,
     strangers = parameters() if what == "rule" else parameters(shapes=[(6,), *SHAPES[1:]])
     stranger = LearnedOptimizer(strangers, CoordinatewiseLSTM(hidden_size=3) if what == "rule" else rule, lr=0.5)
     feed(stranger, strangers, gradients(strangers, 1))
+    saved = stranger.state_dict()
+    del saved["param_groups"][0]["made_by"]  # as of a version that did not say which rule it was
     message = {"rule": r"shape \[12, 12\] .* shape \[3, 4\], which takes \[16, 12\]", "model": r"\[16, 6\] .* \[3, 4\]"}
     with pytest.raises(ValueError, match=rf"{message[what]}.* saved with another rule or another model"):
-        optimizer.load_state_dict(stranger.state_dict())
+        optimizer.load_state_dict(saved)
     assert_same(values(params), before)
     assert_same(states(optimizer), found)
     assert optimizer.param_groups[0]["lr"] == 1.0
+
+
+def test_the_state_of_another_rule_is_refused_even_where_it_would_fit():
+    named = lambda: zip("ab", zeros([(2,), (3,)]), strict=True)  # noqa: E731
+    lstms = [CoordinatewiseLSTM(hidden_size=4) for _ in range(2)]
+    rules = [*lstms, RNNprop(hidden_size=4), Momentum(), LearnedMomentum(), mixed(*lstms), mixed(*lstms[::-1])]
+    saved = [LearnedOptimizer(named(), one).state_dict() for one in rules]
+    for k, one in enumerate(rules):
+        for state in saved[:k] + saved[k + 1 :]:
+            optimizer = LearnedOptimizer(named(), copy.deepcopy(one), lr=0.5)
+            with pytest.raises(ValueError, match=r"another rule, '.*', and the optimizer has '.*remove 'made_by' from"):
+                optimizer.load_state_dict(state)
+            assert optimizer.param_groups[0]["lr"] == 0.5
+        optimizer = LearnedOptimizer(named(), copy.deepcopy(one).double().float(), lr=0.5)
+        optimizer.load_state_dict(through_a_file(saved[k]))
+        assert optimizer.param_groups[0]["lr"] == 1.0 and "made_by" not in optimizer.param_groups[0]
+
+
+@pytest.mark.parametrize("make", [torch.optim.Adam, torch.optim.SGD])
+@pytest.mark.parametrize("steps", [0, 2])
+def test_the_state_of_adam_is_refused(rule, make, steps):
+    params, strangers = parameters(), parameters()
+    optimizer, stranger = LearnedOptimizer(params, rule), make(strangers, lr=0.001)
+    feed(stranger, strangers, gradients(strangers, steps))
+    name = {(torch.optim.Adam, 2): "step, exp_avg, exp_avg_sq", (torch.optim.SGD, 0): "dampening"}.get(
+        (make, steps), ""
+    )
+    with pytest.raises(
+        ValueError, match=rf"this state_dict has {name}.*another optimizer saved it, such as Adam.* anew"
+    ):
+        optimizer.load_state_dict(stranger.state_dict())
+    assert optimizer.param_groups[0]["lr"] == 1.0 and not optimizer.state
 
 
 def test_a_state_given_by_hand_is_used(rule):

@@ -14,6 +14,9 @@ from torch.nn import functional
 from lightning_l2l.rules.kernels.fused import fused_for
 from optimizers import assert_same, clones, feed, gradients, learned, normal, parameters, values
 
+# Decays that are odd in use make for clear tests.
+pytestmark = pytest.mark.filterwarnings("ignore:weight_decay=.* off each parameter")
+
 BOTH_WAYS = pytest.mark.parametrize("maximize", [False, True])
 
 

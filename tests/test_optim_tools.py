@@ -26,6 +26,9 @@ from optimizers import (
     values,
 )
 
+# Values that are as good as any other for what is tested here, and would be odd in use.
+pytestmark = pytest.mark.filterwarnings("ignore:weight_decay=.* off each parameter", "ignore:lr=.* is a factor")
+
 # ---- saved, copied, pickled ----
 
 OPTIONS = {"plain": {}, "tensor-lr": {"lr": torch.tensor(0.5), "weight_decay": 0.25}, "maximize": {"maximize": True}}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -90,6 +90,19 @@ class RuleGroups(UpdateRule):
             TypeError: Always.
         """
         raise TypeError("RuleGroups updates nothing by itself; ask the rules that by_name gives")
+
+
+def rules_of(rule: UpdateRule, groups: Sequence[Mapping[str, Any]]) -> dict[Tensor, UpdateRule]:
+    """Which rule updates each parameter of an optimizer's groups: a matter of its name.
+
+    Raises:
+        ValueError: As `RuleGroups.by_name`.
+    """
+    of_name: dict[Any, list[Tensor]] = {}
+    for group in groups:
+        for name, p in zip(group.get("param_names", [None] * len(group["params"])), group["params"], strict=True):
+            of_name.setdefault(name, []).append(p)
+    return {p: one for one, names in rule.by_name(of_name) for name in names for p in of_name[name]}
 
 
 def _matches(name: str, pattern: str) -> bool:

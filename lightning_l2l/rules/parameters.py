@@ -1,8 +1,10 @@
-"""What an optimizer checks: the options of a group, a gradient, and a state that is loaded."""
+"""An optimizer's parameters: what is checked of their options, gradients and saved state, and what options do."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import hashlib
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,7 +12,70 @@ from torch import Tensor
 
 from lightning_l2l.arguments import brief, check_at_least, is_number
 from lightning_l2l.rules.base import UpdateRule
-from lightning_l2l.rules.tensors import TensorRule
+from lightning_l2l.rules.tensors import NAMES, TensorRule, shapes_of
+
+#: Where the first group has what `safeguards.runs_away` remembers.
+RECORD = "loss_record"
+#: Where a saved group says which rule made the state.
+MADE_BY = "made_by"
+#: Factors on the update below this are taken for learning rates of Adam, 0 excepted.
+SMALL_LR = 0.01
+#: Decays above this are taken for values of AdamW, which multiplies them by a learning rate of about 0.001.
+LARGE_DECAY = 0.005
+#: Hyperparameters of torch's optimizers that no rule has.
+_OF_OTHERS = (
+    *("alpha", "amsgrad", "betas", "capturable", "centered", "dampening"),
+    *("differentiable", "eps", "foreach", "fused", "momentum", "nesterov"),
+)
+
+
+def check_arguments(known: Iterable[str], unknown: Mapping[str, Any]) -> None:
+    """Refuse arguments that an optimizer of a trained rule does not have, such as Adam's.
+
+    Raises:
+        TypeError: There is one.
+    """
+    for name, value in unknown.items():
+        raise TypeError(
+            f"{name}={brief(value)} is no argument of LearnedOptimizer, whose rule has no hyperparameters: it is used "
+            f"as it was trained. Remove {name}, or use one of {', '.join(known)}"
+        )
+
+
+def warn_of_habits(groups: Sequence[Mapping[str, Any]], rule_of: Callable[[Tensor], UpdateRule]) -> None:
+    """Warn of values that are usual for Adam and mean something else here, each kind once.
+
+    A group may have a small `lr` beside one that has not, and 0, which freezes it.
+
+    Args:
+        groups: Of parameters, with the options of each.
+        rule_of: The rule that updates a parameter.
+    """
+    largest = max(float(group["lr"]) for group in groups)
+    if 0 < largest < SMALL_LR:
+        warnings.warn(
+            f"lr={largest:g} is a factor on the rule's own update here, not a learning rate: 1.0 is the rule as it was "
+            "trained. Leave lr out; where the loss jumps, use 0.1",
+            stacklevel=3,
+        )
+    for group in groups:
+        lr, decay = float(group["lr"]), group["weight_decay"]
+        coordinatewise = any(not isinstance(rule_of(p), TensorRule) for p in group["params"])
+        if lr >= SMALL_LR and decay > LARGE_DECAY and coordinatewise:
+            warnings.warn(
+                f"weight_decay={decay:g} takes {100 * lr * decay:.2g} % off each parameter in every step: it is "
+                f"multiplied by lr={lr:g}, where AdamW has about 0.001. Use a value about 1000 times smaller than "
+                f"AdamW's, such as {decay / 1000:g}",
+                stacklevel=3,
+            )
+            break
+    found = [name for name in _OF_OTHERS if any(group.get(name) for group in groups)]
+    if found:
+        warnings.warn(
+            f"a group of parameters has {', '.join(found)}: the rule has no such hyperparameter and ignores it. "
+            "Remove it",
+            stacklevel=3,
+        )
 
 
 def check_options(options: Mapping[str, Any]) -> None:
@@ -55,12 +120,72 @@ def check_gradient(p: Tensor) -> None:
         )
 
 
-def check_state(name: str, state: Any, p: Tensor, wanted: list[int]) -> None:
-    """Refuse a loaded state that does not fit a parameter.
+def kind_of(rule: UpdateRule) -> str:
+    """Which rule it is, in a line: its class, those of its members, and a fingerprint of its meta-parameters.
+
+    Other arguments are left out: a version of the package to come may have more of them.
+
+    Example:
+        >>> from lightning_l2l import CoordinatewiseLSTM, NormalizedMLP
+        >>> kind_of(NormalizedMLP(hidden_size=0))
+        'NormalizedMLP'
+        >>> kind_of(CoordinatewiseLSTM()).startswith("CoordinatewiseLSTM with the meta-parameters ")
+        True
+    """
+    kind, *members = [type(one).__name__ for one in rule.modules() if isinstance(one, UpdateRule)]
+    kind += f" of {', '.join(members)}" if members else ""
+    weights = [value for value in rule.state_dict().values() if isinstance(value, Tensor)]
+    if not weights:
+        return kind
+    content = b"".join(value.detach().cpu().float().contiguous().numpy().tobytes() for value in weights)
+    return f"{kind} with the meta-parameters {hashlib.sha256(content).hexdigest()[:8]}"
+
+
+def saved_states(
+    state_dict: Mapping[str, Any], params: Sequence[Tensor], rule: UpdateRule, rule_of: Callable[[Tensor], UpdateRule]
+) -> dict[Tensor, dict[str, Tensor]]:
+    """What a state_dict has of a rule's state, as far as its parameters match: the base class says where not.
+
+    Args:
+        state_dict: Of a `LearnedOptimizer`. One from before it said which rule made it is taken for one of this rule.
+        params: Of the optimizer, group by group.
+        rule: Of the optimizer.
+        rule_of: The rule that updates a parameter: this one, or a member.
+
+    Returns:
+        By parameter and name.
 
     Raises:
-        ValueError: With both shapes.
+        ValueError: Another optimizer or another rule made it, or a state does not fit its parameter.
     """
+    groups = state_dict["param_groups"]
+    saved = [state_dict["state"].get(k, {}) for group in groups for k in group["params"]]
+    handed_over = any(group.get(RECORD, {}).get("handed_over") for group in groups)
+    foreign = [name for state in saved if NAMES[0] not in state and not handed_over for name in state]
+    foreign += [name for group in groups if "max_update" not in group for name in _OF_OTHERS if name in group]
+    if foreign:
+        raise ValueError(
+            f"this state_dict has {', '.join(dict.fromkeys(foreign))}: another optimizer saved it, such as Adam, and "
+            "a rule cannot go on from there. Load the weights of the model alone, and let the optimizer start anew"
+        )
+    kind = kind_of(rule)
+    for group in groups:
+        if group.get(MADE_BY, kind) != kind:
+            raise ValueError(
+                f"this state_dict was saved with another rule, {brief(group[MADE_BY], 200)}, and the optimizer has "
+                f"{brief(kind, 200)}. Make the optimizer with the rule that it was saved with; to go on with this one "
+                f"all the same, remove {MADE_BY!r} from each of state_dict['param_groups']"
+            )
+    given = {}
+    for p, state in zip(params, saved, strict=False):
+        shapes = shapes_of(rule_of(p), p)
+        given[p] = {name: state[name] for name in shapes if state.get(name) is not None}
+        for name, found in given[p].items():
+            _check_state(name, found, p, shapes[name])
+    return given
+
+
+def _check_state(name: str, state: Any, p: Tensor, wanted: list[int]) -> None:
     if not (isinstance(state, Tensor) and state.layout == torch.strided):
         raise ValueError(f"{name} is {brief(state)}, no dense tensor of shape {wanted}; give another file")
     if list(state.shape) != wanted:
@@ -68,3 +193,14 @@ def check_state(name: str, state: Any, p: Tensor, wanted: list[int]) -> None:
             f"a state of shape {list(state.shape)} does not fit a parameter of shape {list(p.shape)}, "
             f"which takes {wanted}: it was saved with another rule or another model"
         )
+
+
+def lr_of(group: Mapping[str, Any]) -> Any:
+    """A number, or a tensor without dimensions: on an accelerator it is not waited for."""
+    return group["lr"].view(()) if isinstance(group["lr"], Tensor) else group["lr"]
+
+
+def decay_(params: list[Tensor], group: Mapping[str, Any]) -> None:
+    """Shrink parameters of a group by its decoupled weight decay, in place: theta *= 1 - lr * weight_decay."""
+    if group["weight_decay"] and params:
+        torch._foreach_mul_(params, 1 - lr_of(group) * group["weight_decay"])

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from collections.abc import MutableMapping, Sequence
+from typing import Any, cast
 
 import torch
 from torch import Tensor, distributed
+from torch.optim import Adam
 
 from lightning_l2l.arguments import brief
+from lightning_l2l.rules.parameters import decay_, lr_of
 
 #: Inner steps over which the loss is averaged, and twice of which pass before it is judged.
 WINDOW = 10
@@ -86,3 +89,20 @@ def over_ranks(loss: Any, device: torch.device) -> float:
         distributed.all_reduce(value)
         value /= distributed.get_world_size()
     return float(value)
+
+
+def fall_back(groups: Sequence[dict[str, Any]], state: MutableMapping[Tensor, Any], lr: float) -> None:
+    """A step of Adam in place of the rule.
+
+    Args:
+        groups: Of parameters; each keeps its direction, its decay and its own `lr`, a factor on that of Adam.
+        state: Adam's by parameter, changed in place.
+        lr: Of Adam.
+    """
+    given = []
+    for group in groups:
+        decay_([p for p in group["params"] if p.grad is not None], group)
+        given.append({"params": group["params"], "lr": lr_of(group) * lr, "maximize": group["maximize"]})
+    adam = Adam(given)
+    adam.state = cast(Any, state)
+    adam.step()

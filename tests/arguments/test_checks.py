@@ -249,6 +249,8 @@ def options_of(constructor):
 @example((LearningCurves, {"baselines": [["adam"]]}))
 @example((LearningCurves, {"quantiles": [0.1, "0.9"]}))
 @example((make_optimizer, {"lr": "0.1"}))
+@example((make_optimizer, {"lr": 5e-324}))
+@example((make_optimizer, {"lr": 10**9, "weight_decay": 10**9}))
 @example((make_optimizer, {"rule": None}))
 def test_a_constructor_gives_what_works_or_names_the_argument(case):
     constructor, options = case

@@ -480,7 +480,10 @@ PYTHON = {
     "a loss that is none": (lambda: step(loss="x", options={"fallback_lr": 0.1}), "the loss 'x' is no number"),
     "a fallback without a loss": (lambda: step(options={"fallback_lr": 0.1}), "there is no loss to watch; use"),
     "a sparse gradient": (sparse, r"a gradient of shape \[2\] is sparse; .* give this parameter to another optimizer"),
-    "the state of another rule": (state_of_another, "it was saved with another rule or another model"),
+    "the state of another rule": (
+        state_of_another,
+        "saved with another rule, .* Make the optimizer with the rule that",
+    ),
     "a state that is none": (state_that_is_none, r"rule_state is 'mnist', no dense tensor of shape \[80, 2\]"),
     "a rule from a folder": (lambda: load_rule("."), "no rule at '.'"),
     "no rule's name": (

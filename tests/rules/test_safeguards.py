@@ -17,7 +17,10 @@ from torch.optim import AdamW
 from lightning_l2l import CoordinatewiseLSTM, LearnedOptimizer
 from lightning_l2l.rules import safeguards
 from lightning_l2l.rules.safeguards import new_record, over_ranks, runs_away
-from optimizers import assert_same, brought_back, clones, normal, parameters, values
+from optimizers import assert_same, brought_back, clones, normal, parameters, through_a_file, values
+
+# Decays that are odd in use make for clear tests.
+pytestmark = pytest.mark.filterwarnings("ignore:weight_decay=.* off each parameter")
 
 FALLBACK, DECAY = 2.0**-7, 2.0**-5  # powers of two: lr * decay is then the same number whichever way it is computed
 LOSSES = [1 / (1 + t) for t in range(25)] + [1.0] * 35
@@ -326,7 +329,7 @@ def test_without_a_fallback_the_rule_stays_whatever_the_loss(rule, caplog):
     optimizer = LearnedOptimizer(params, rule)
     run(optimizer, params)
     assert not optimizer.handed_over and not caplog.records
-    assert optimizer.state_dict()["param_groups"][0].keys() == {"params", *optimizer.defaults}
+    assert optimizer.param_groups[0].keys() == {"params", *optimizer.defaults}
 
 
 # ---- gradients with inf or nan ----
@@ -363,6 +366,14 @@ def test_a_step_with_nonfinite_gradients_is_left_out_as_if_it_had_not_been(rule,
                 helper.step(loss=2.5)
             assert_same(params, wanted)
     assert optimizer.num_skipped == 3 and copy.deepcopy(optimizer).num_skipped == 3 and helper.num_skipped == 0
+    before = helper.state_dict()
+    helper.load_state_dict(through_a_file(optimizer.state_dict()))
+    assert helper.num_skipped == 3
+    poison(wanted, value)
+    helper.step(loss=2.5)  # without another warning
+    assert helper.num_skipped == 4 and optimizer.num_skipped == 3
+    helper.load_state_dict(before)
+    assert helper.num_skipped == 0
     assert ["inf or nan" in str(one.message) for one in caught] == [True]
 
 
