@@ -23,7 +23,7 @@ from torch.nn import functional
 
 from lightning_l2l import LearnedOptimizer, MetaOptimizer, main
 from lightning_l2l.meta.unroll import Unroll
-from lightning_l2l.rules import CoordinatewiseLSTM
+from lightning_l2l.rules import CoordinatewiseLSTM, NormalizedMLP
 from lightning_l2l.rules.base import CPU_BLOCK, blocks
 from lightning_l2l.tasks import MLP, NetworkTask, Quadratic
 
@@ -205,17 +205,18 @@ MODELS = {
 }
 
 
-def parameters_with_gradients(size):
+def parameters_with_gradients(size, matrices=False):
     params = list(MODELS[size]().parameters())
     assert sum(p.numel() for p in params) == size
+    params = [p for p in params if p.dim() == 2 or not matrices]
     for p in params:
         p.grad = 0.1 * torch.randn_like(p)
     return params
 
 
-def stepper(make, size):
+def stepper(make, size, matrices=False):
     """A step of an optimizer, and the bytes of its state a parameter."""
-    optimizer = make(parameters_with_gradients(size))
+    optimizer = make(parameters_with_gradients(size, matrices))
     optimizer.step()
     state = [v for s in optimizer.state.values() for v in s.values() if v.dim()]
     return optimizer.step, sum(v.numel() * v.element_size() for v in state) / size
@@ -253,4 +254,35 @@ def test_optimizer_step(benchmark, size, capsys):
             f"\n{size:,} parameters: microseconds a parameter: {told}; learned / products "
             f"{micro['learned'] / micro['products']:.2f}; bytes of state a parameter: adam {adam_bytes:.0f}, "
             f"learned {learned_bytes:.0f}"
+        )
+
+
+@pytest.mark.parametrize("size", [size for size in MODELS if size > 10**6])
+@pytest.mark.parametrize("orthogonalize", [False, True], ids=["plain", "orthogonalized"])
+def test_step_of_rules_that_see_tensors(benchmark, orthogonalize, size, capsys):
+    """Beside Adam and the LSTM; where matrices are orthogonalised, on these alone and beside Muon."""
+    torch.set_num_threads(2)
+
+    def normalized(**options):
+        rule = NormalizedMLP(orthogonalize=orthogonalize, **options)
+        return lambda params: LearnedOptimizer(params, rule, num_steps=1000)
+
+    makers = {"adam": lambda params: torch.optim.Adam(params, foreach=True), "unlearned": normalized(hidden_size=0)}
+    if orthogonalize:
+        makers["muon"] = torch.optim.Muon
+    else:
+        makers["lstm"] = lambda params: LearnedOptimizer(params, CoordinatewiseLSTM())
+    learned, learned_bytes = stepper(normalized(), size, orthogonalize)
+    setup, others = in_turn({name: stepper(make, size, orthogonalize)[0] for name, make in makers.items()})
+    benchmark.group = "a step of NormalizedMLP"
+    rounds = 3 if orthogonalize else max(9, min(100, 10**8 // size))
+    benchmark.pedantic(learned, setup=setup, rounds=rounds)
+    ns = {name: statistics.median(seconds) / size * 1e9 for name, seconds in others.items()}
+    ns["learned"] = benchmark.stats.stats.median / size * 1e9
+    beside = "muon" if orthogonalize else "adam"
+    with capsys.disabled():
+        told = ", ".join(f"{name} {value:.1f}" for name, value in ns.items())
+        ratios = ", ".join(f"{name} / {beside} {ns[name] / ns[beside]:.2f}" for name in ("unlearned", "learned"))
+        print(
+            f"\n{size:,} parameters: ns a parameter: {told}; {ratios}; {learned_bytes:.0f} bytes of state a parameter"
         )

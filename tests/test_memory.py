@@ -93,6 +93,7 @@ del sys.argv[1:]
 flags = ["--data=lightning_l2l.MNISTDataModule", f"--data.root={root}", "--data.num_test_tasks=2"]
 flags += ["--data.batch_size=16", "--data.num_unseen=0"]
 flags += ["--model.task=lightning_l2l.NetworkTask", "--model.task.module=lightning_l2l.MLP"]
+flags += ["--model.task.module.hidden_size=5", "--model.rule.hidden_size=5"]
 main(["predict", *flags, f"--model.num_steps={num_steps}", "--trainer.logger=false", "--trainer.accelerator=cpu"])
 print(json.dumps(status("VmHWM")))
 """
@@ -116,7 +117,7 @@ class Watch(Callback):
     def on_train_epoch_start(self, trainer, module):
         gc.collect()
         after.append(status("VmRSS"))
-sizes = ["--data.num_tasks=8", "--data.num_val_tasks=8", "--model.num_steps=20", "--model.rule.hidden_size=8"]
+sizes = ["--data.num_tasks=2", "--data.num_val_tasks=8", "--model.num_steps=20", "--model.rule.hidden_size=3"]
 run = ["--data.episodes_per_epoch=100", "--trainer.max_epochs=21", "--trainer.accelerator=cpu"]
 main(["fit", *sizes, *run, "--trainer.callbacks=__main__.Watch", "--trainer.enable_progress_bar=false"])
 print(json.dumps(after))
