@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import median
+from typing import Any
 
 from matplotlib import colormaps
 from matplotlib.axes import Axes
@@ -23,7 +24,7 @@ WINS, TIES, LOSES, DIVERGES = "wins", "ties", "loses", "diverges"
 STEPS, SECONDS = "share_of_steps", "share_of_seconds"
 _NEVER = "never"
 _ENDS = 4.0  # ratio at which a colour is at its strongest
-_HATCHED = {"facecolor": "0.93", "edgecolor": "0.75", "hatch": "////", "linewidth": 0}
+_HATCHED: dict[str, Any] = {"facecolor": "0.93", "edgecolor": "0.75", "hatch": "////", "linewidth": 0}
 
 
 def summary(rows: Sequence[Row]) -> str:
@@ -40,9 +41,10 @@ def summary(rows: Sequence[Row]) -> str:
         line += f"; no worse than Adam at its default learning rate in {better} of {len(pairs)}"
     steps, seconds = _known(rows, STEPS), _known(rows, SECONDS)
     if steps:
-        line += f"; stays below the best tuned optimizer's final loss after {_share(median(steps))} of the steps"
-        line += f" and {_share(median(seconds))} of the seconds" if seconds else ""
-        line += f" (medians; {_NEVER} in {steps.count(math.inf)} of {len(steps)})"
+        below = len(steps) - steps.count(math.inf)
+        line += f"; stays below the best tuned optimizer's final loss in {below} of {len(steps)}"
+        line += f", median share of the steps: {_share(median(steps))}"
+        line += f", of the seconds: {_share(median(seconds))}" if seconds else ""
     return line
 
 

@@ -182,8 +182,9 @@ def _read(folder: Path) -> dict[str, _Run]:
         name = row["optimizer"]
         means = [float(point["mean"]) for point in curves if point["optimizer"] == name]
         losses = torch.tensor(means, dtype=torch.float64)[:, None]  # [num_steps + 1, 1]
-        figures = {"final_steps": int(row["final_steps"]), "seconds_per_step": float(row["seconds_per_step"])}
-        found[name] = _Run([float(task[name]) for task in finals], Result(name, losses, **figures))
+        final_steps, seconds = int(row["final_steps"]), float(row["seconds_per_step"])
+        course = Result(name, losses, final_steps=final_steps, seconds_per_step=seconds)
+        found[name] = _Run([float(task[name]) for task in finals], course)
     return found
 
 
@@ -303,10 +304,9 @@ def _baselines(text: str) -> list[str]:
 def _other_baselines(pages: Sequence[Page], done: Sequence[Row], given: Sequence[str]) -> str | None:
     """What a cell was compared with, if it is not what it would be compared with now."""
     for where, flags in (cell for page in pages for cell in page.cells()):
-        for row in done:
+        for row in (row for row in done if row.items() >= where.items()):
             was = row.get("baselines", "")  # maps of before have no such column
-            same = set(was.split(",")) == set(tuned(flags)) if was else not given
-            if row.items() >= where.items() and not same:
+            if set(was.split(",")) != set(tuned(flags)) if was else given:
                 return f"{where['grid']!r} was compared with {was or 'the baselines of its own'}"
     return None
 
