@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+import yaml  # type: ignore[import-untyped]
 
 #: Adam as those have it who tune nothing, beside the tuned optimizers; see `comparison.Baseline`.
 DEFAULT_ADAM = "adam_default"
 _DEFAULT = f"{{name: {DEFAULT_ADAM}, optimizer: torch.optim.Adam, lr: 0.001}}"
-_ALL = f"--curves.baselines=[adam, rmsprop, sgd, nag, adamw, {_DEFAULT}]"
+_FLAG = "--curves.baselines="
+_ALL = ("adam", "rmsprop", "sgd", "nag", "adamw")
 #: For networks, where tuning takes hours, without those that are hardly ever the best of these.
-_THREE = f"--curves.baselines=[adam, rmsprop, nag, {_DEFAULT}]"
+_THREE = ("adam", "rmsprop", "nag")
 
 
 @dataclass(frozen=True)
@@ -48,6 +51,27 @@ class Page:
     across: Axis
     down: Axis
 
+    def where(self, down: str, across: str) -> dict[str, str]:
+        """What tells a cell from all others in `map.csv`."""
+        return {"grid": self.name, self.down.name: down, self.across.name: across}
+
+    def cells(self) -> Iterator[tuple[dict[str, str], list[str]]]:
+        """Each cell: `where` it is, and its flags of `test`."""
+        for down, flags in self.down.values.items():
+            for across, more in self.across.values.items():
+                yield self.where(down, across), [*self.flags, *flags, *more]
+
+
+def _beside(names: Sequence[str]) -> str:
+    """The flag of `test` that compares with baselines, and with Adam at its default learning rate."""
+    return f"{_FLAG}[{', '.join(names)}, {_DEFAULT}]"
+
+
+def tuned(flags: Sequence[str]) -> list[str]:
+    """Names of the baselines that a cell with these flags has tuned; the last flag counts."""
+    given = [flag.removeprefix(_FLAG) for flag in flags if flag.startswith(_FLAG)]
+    return [baseline for baseline in yaml.safe_load(given[-1]) if isinstance(baseline, str)]
+
 
 def _tasks(num_val: int, num_test: int) -> list[str]:
     return [
@@ -72,18 +96,21 @@ def _images(name: str, root: Path) -> list[str]:
     return [f"--data=lightning_l2l.{name}DataModule", f"--data.root={root}", "--data.num_unseen=0"]
 
 
-def pages(root: Path, *, small: bool = False) -> list[Page]:
+def pages(root: Path, *, small: bool = False, baselines: Sequence[str] = ()) -> list[Page]:
     """The map's grids.
 
     Args:
         root: Folder of the data sets.
         small: Fewer cells, steps and tasks: to see whether everything runs.
+        baselines: Names of built-in ones, tuned in every cell; none: Adam, RMSprop and NAG in the cells with networks,
+            SGD and AdamW as well in all others and on CIFAR-10 with ten classes.
     """
     some, few, many = (
         (_tasks(2, 8), _tasks(2, 8), _tasks(16, 32)) if small else (_tasks(8, 16), _tasks(4, 8), _tasks(64, 128))
     )
-    network = [_THREE, *_network("MLP"), *_images("MNIST", root), "--model.final_steps=10"]
-    quadratics = [_ALL, "--model.task=lightning_l2l.Quadratic", "--data=lightning_l2l.QuadraticDataModule", *many]
+    every, three = _beside(baselines or _ALL), _beside(baselines or _THREE)
+    network = [three, *_network("MLP"), *_images("MNIST", root), "--model.final_steps=10"]
+    quadratics = [every, "--model.task=lightning_l2l.Quadratic", "--data=lightning_l2l.QuadraticDataModule", *many]
     layer = "model.task.module"
     activations, depths = ["sigmoid", "tanh", "relu", "elu", "gelu"], ["1", "2", "3"]
     widths, scales = ["5", "20", "80"], ["null", "0.03", "0.1", "0.3", "1.0"]
@@ -93,6 +120,7 @@ def pages(root: Path, *, small: bool = False) -> list[Page]:
         horizons, batches, dims = ["20", "40"], ["32"], dims[:2]
     dimension = Axis("dimension", {dim: [f"--model.task.dim={dim}", f"--data.dim={dim}"] for dim in dims})
     steps = Axis.of("inner steps", "model.num_steps", *horizons)
+    classes = {str(k): _classes(k, every if k == 10 else three) for k in ([2] if small else [10, 5, 2])}
     short = [*network, *some, "--model.num_steps=20"] if small else [*network, *some]
     return [
         Page(
@@ -116,9 +144,9 @@ def pages(root: Path, *, small: bool = False) -> list[Page]:
         Page("Quadratics: inner steps and dimension", quadratics, steps, dimension),
         Page(
             "Suite: optimizees and inner steps",
-            [_THREE, "--model.final_steps=10"],
+            [three, "--model.final_steps=10"],
             Axis.of("inner steps", "model.num_steps", *horizons[:2] if small else ["100", "1000"]),
-            Axis("optimizee", _suite(root, small=small)),
+            Axis("optimizee", _suite(root, every, small=small)),
         ),
         Page(
             "ConvNet on CIFAR-10: classes and inner steps",
@@ -129,23 +157,22 @@ def pages(root: Path, *, small: bool = False) -> list[Page]:
                 *(_tasks(2, 2) if small else _tasks(2, 8)),
             ],
             Axis.of("inner steps", "model.num_steps", *(["20"] if small else ["100", "1000"])),
-            Axis("classes", {number: _classes(int(number)) for number in (["2"] if small else ["10", "5", "2"])}),
+            Axis("classes", classes),
         ),
     ]
 
 
-def _classes(number: int) -> list[str]:
-    baselines = _ALL if number == 10 else _THREE
+def _classes(number: int, baselines: str) -> list[str]:
     return [baselines, f"--data.classes={list(range(number))}", f"--model.task.module.out_features={number}"]
 
 
-def _suite(root: Path, *, small: bool) -> dict[str, list[str]]:
+def _suite(root: Path, every: str, *, small: bool) -> dict[str, list[str]]:
     """Small optimizees of many kinds: none of them is one that a shipped rule is meta-trained on.
 
     Chosen before a rule was run on them.
     """
     many, some, few = (_tasks(4, 8),) * 2 + (_tasks(2, 2),) if small else (_tasks(64, 128), _tasks(8, 16), _tasks(4, 8))
-    generated = [_ALL, "--data=lightning_l2l.GeneratedDataModule", *many]
+    generated = [every, "--data=lightning_l2l.GeneratedDataModule", *many]
     mnist = [*_images("MNIST", root), *some]
     sequences = ["--data=lightning_l2l.SequenceDataModule", "--data.vocab_size=8", "--data.num_unseen=0", *some]
     cifar10 = [*_images("CIFAR10", root), "--data.batch_size=32", *few]

@@ -1,8 +1,9 @@
 """Where a rule wins and where it breaks: `python -m lightning_l2l map RULE [RULE ...] --root data`.
 
 Runs `test` on grids of tasks around those that rules are meta-trained on, each cell with tuned baselines, and draws the
-outcome: `map.csv`, which grows with each cell, and a picture a rule, in `map/version_N`. RULE is a checkpoint, a rule
-file or the name of a shipped rule; the baselines are tuned once for all of them.
+outcome, in `map/version_N`: `map.csv`, which grows with each cell, and two pictures a rule. `NAME.png` has the final
+loss, divided by that of the best tuned baseline; `NAME_steps.png` the share of the steps after which the rule stays
+below that loss. RULE is a checkpoint, a rule file or the name of a shipped rule; the baselines are tuned once for all.
 """
 
 from __future__ import annotations
@@ -18,31 +19,41 @@ from concurrent.futures import ProcessPoolExecutor
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import fmean, median
-from typing import Any
+from statistics import fmean
 
 import torch
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from rich.box import SIMPLE_HEAD
-from rich.table import Table
 
 from lightning_l2l.commands.errors import PROG
-from lightning_l2l.commands.grids import DEFAULT_ADAM, Page, pages
+from lightning_l2l.commands.grids import DEFAULT_ADAM, Page, pages, tuned
+from lightning_l2l.commands.heat_maps import (
+    DIVERGES,
+    LOSES,
+    SECONDS,
+    STEPS,
+    TIES,
+    WINS,
+    draw,
+    draw_steps,
+    shown,
+    summary,
+    table,
+)
 from lightning_l2l.commands.imports import HELP as IMPORT_HELP
 from lightning_l2l.commands.imports import given_in, import_modules
 from lightning_l2l.commands.sweep import DONE, Row, new_folder, read_csv, run_setting, write_csv
+from lightning_l2l.evaluation.baselines import BASELINES, MORE
 from lightning_l2l.evaluation.learning_curves import LEARNED
+from lightning_l2l.evaluation.results import Result
 from lightning_l2l.evaluation.tables import print_table
 from lightning_l2l.rules import UpdateRule
 from lightning_l2l.rules.describe import describe
 from lightning_l2l.rules.files import load_rule, save_rule
 
-WINS, TIES, LOSES, DIVERGES = "wins", "ties", "loses", "diverges"
 #: Probability of a difference under chance below which it counts as one.
 SIGNIFICANT = 0.05
+_LAST = "curves.png"  # what `test` writes last
+_NAMES = [baseline.name for baseline in (*BASELINES, *MORE)]
 _EXACT = 16  # number of tasks up to which every permutation is looked at
-_ENDS = 4.0  # ratio at which a colour is at its strongest
 
 
 def verdict(learned: Sequence[float], baselines: Mapping[str, Sequence[float]]) -> Row:
@@ -59,12 +70,12 @@ def verdict(learned: Sequence[float], baselines: Mapping[str, Sequence[float]]) 
     """
     means = {name: fmean(losses) for name, losses in {LEARNED: learned, **baselines}.items()}
     found = {name: str(means[name]) for name in (LEARNED, "adam", DEFAULT_ADAM) if name in means}
-    tuned = [name for name in baselines if name != DEFAULT_ADAM]
-    if tuned:
-        best = min(tuned, key=lambda name: means[name])
+    rivals = [name for name in baselines if name != DEFAULT_ADAM]
+    if rivals:
+        best = min(rivals, key=lambda name: means[name])
         found |= {"best": str(means[best]), "optimizer": best}
         found["ratio"] = str(means[LEARNED] / means[best]) if means[best] else "nan"
-    if not math.isfinite(means[LEARNED]) or not tuned:
+    if not math.isfinite(means[LEARNED]) or not rivals:
         return {**found, "verdict": DIVERGES}
     if not math.isfinite(means[best]):
         return {**found, "verdict": WINS}
@@ -102,6 +113,7 @@ class _Cell:
     Attributes:
         where: Grid and properties, as `map.csv` has them.
         flags: Of `test`.
+        baselines: Names of those that are tuned.
         root: Where its log folders are made.
         rules: Names of those that it is run for.
         first: Whether nothing has run yet: a mistake then ends the program.
@@ -109,37 +121,71 @@ class _Cell:
 
     where: Row
     flags: Sequence[str]
+    baselines: Sequence[str]
     root: Path
     rules: Sequence[str]
     first: bool
+
+
+@dataclass(frozen=True)
+class _Run:
+    """What `test` has written of an optimizer.
+
+    Attributes:
+        final: Final loss of each task.
+        course: The mean over the tasks, as the only one.
+    """
+
+    final: Sequence[float]
+    course: Result
 
 
 def _run(cell: _Cell, rules: Mapping[str, Path]) -> list[Row]:
     """The rows of a cell, one a rule; the baselines are tuned once for all. What `test` prints goes to a file."""
     rows: list[Row] = []
     cell.root.mkdir(parents=True, exist_ok=True)
-    known = (_losses(path) for path in cell.root.rglob("tasks.csv"))
-    baselines = next((losses for learned, losses in known if losses), {})
+    known = (_read(path.parent) for path in cell.root.rglob(_LAST))
+    baselines = next((runs for runs in known if set(cell.baselines) == set(runs) - {LEARNED, DEFAULT_ADAM}), {})
     with (cell.root / "log").open("a", encoding="utf-8") as log, redirect_stdout(log), redirect_stderr(log):
         for name in cell.rules:
             # The last flag counts.
             flags = [*cell.flags, f"--ckpt_path={rules[name]}", *(["--curves.baselines=[]"] if baselines else [])]
-            before = set(cell.root.rglob("tasks.csv"))
+            before = set(cell.root.rglob(_LAST))
             _, status = run_setting(["test", *flags], {}, cell.root / name, first=cell.first and not rows)
-            found = set(cell.root.rglob("tasks.csv")) - before
-            learned, losses = _losses(found.pop()) if found else ([math.inf], {})
-            baselines = baselines or losses
+            found = set(cell.root.rglob(_LAST)) - before
+            runs = _read(found.pop().parent) if found else {}
+            learned = runs.pop(LEARNED, None)
+            baselines = baselines or runs
             broke = status != DONE and "diverged" not in status
-            said = {} if broke else verdict(learned, baselines)
-            rows.append({**cell.where, "rule": name, **said, "status": status if broke else DONE})
+            said = {} if broke else _compare(learned, baselines)
+            where = {**cell.where, "rule": name, "baselines": ",".join(cell.baselines)}
+            rows.append({**where, **said, "status": status if broke else DONE})
     return rows
 
 
-def _losses(path: Path) -> tuple[list[float], dict[str, list[float]]]:
-    """Final losses of each task under the rule, and under each baseline, from `tasks.csv`."""
-    rows = read_csv(path)
-    losses = {key: [float(row[key]) for row in rows] for key in (rows[0] if rows else {}) if key != "task"}
-    return losses.pop(LEARNED, [math.inf]), losses
+def _compare(learned: _Run | None, baselines: Mapping[str, _Run]) -> Row:
+    """What a cell says, from what `test` has written; None: the rule diverged before it wrote anything."""
+    losses = [math.inf] if learned is None else learned.final
+    found = verdict(losses, {name: run.final for name, run in baselines.items() if name != LEARNED})
+    if "optimizer" in found:
+        best = baselines[found["optimizer"]].course
+        steps, seconds = (math.inf, math.inf) if learned is None else learned.course.speed_up(best)
+        found |= {STEPS: str(steps), SECONDS: str(seconds)}
+    return found
+
+
+def _read(folder: Path) -> dict[str, _Run]:
+    """What `test` has written there, by optimizer."""
+    finals, curves = read_csv(folder / "tasks.csv"), read_csv(folder / "curves.csv")
+    found = {}
+    for row in read_csv(folder / "comparison.csv"):
+        name = row["optimizer"]
+        means = [float(point["mean"]) for point in curves if point["optimizer"] == name]
+        losses = torch.tensor(means, dtype=torch.float64)[:, None]  # [num_steps + 1, 1]
+        final_steps, seconds = int(row["final_steps"]), float(row["seconds_per_step"])
+        course = Result(name, losses, final_steps=final_steps, seconds_per_step=seconds)
+        found[name] = _Run([float(task[name]) for task in finals], course)
+    return found
 
 
 def _run_all(
@@ -185,6 +231,8 @@ def main(args: list[str] | None = None) -> int:
     parser.add_argument("--root", type=Path, default=Path("data"), help="folder of the data sets (data)")
     only = "the grids whose names have this text; repeatable"
     parser.add_argument("--only", action="append", default=[], metavar="TEXT", help=only)
+    beside = f"what every cell is compared with, of {', '.join(_NAMES)} (three to five of the first five, by grid)"
+    parser.add_argument("--baselines", type=_baselines, default=[], metavar="NAME,...", help=beside)
     parser.add_argument("--small", action="store_true", help="a few cells with few steps, to see whether all runs")
     parser.add_argument("--jobs", type=int, default=1, help="cells that run side by side, in processes (1)")
     parser.add_argument("--folder", type=Path, default=Path("map"), help="where version_N is made (map)")
@@ -192,7 +240,7 @@ def main(args: list[str] | None = None) -> int:
     resume = "a version_N: run what it has not; a further RULE meets the baselines that are tuned there already"
     parser.add_argument("--resume", type=Path, metavar="FOLDER", help=resume)
     options = parser.parse_intermixed_args(args)
-    known = pages(options.root, small=options.small)
+    known = pages(options.root, small=options.small, baselines=options.baselines)
     chosen = [page for page in known if any(text in page.name for text in options.only or [""])]
     for text in options.only:
         if not any(text in page.name for page in known):
@@ -200,8 +248,9 @@ def main(args: list[str] | None = None) -> int:
     if options.jobs < 1:
         parser.error(f"--jobs {options.jobs} is no number of processes; use 1 or more")
     names = [Path(rule).stem for rule in options.rules]
-    if len(set(names)) < len(names):
-        parser.error(f"two rules have one name ({', '.join(names)}), and their pictures would, too; rename a file")
+    pictures = [f"{name}{end}.png" for name in names for end in ("", "_steps")]
+    if len(set(pictures)) < len(pictures):
+        parser.error(f"two pictures would have one name ({', '.join(pictures)}); rename a file")
     try:
         loaded = [load_rule(rule) for rule in options.rules]
     except (FileNotFoundError, ValueError) as error:
@@ -210,6 +259,8 @@ def main(args: list[str] | None = None) -> int:
     rules = {name: folder / f"{name}.npz" for name in names}
     rows = read_csv(folder / "map.csv") if (folder / "map.csv").is_file() else []
     rows = [row for row in rows if row["status"] == DONE]
+    if other := _other_baselines(chosen, rows, options.baselines):
+        parser.error(f"--resume {folder}: {other}; go on with the --baselines of then, or draw a new map")
     for rule, (name, path) in zip(loaded, rules.items(), strict=True):
         if path.is_file() and not _same(load_rule(path), rule):
             rows = [row for row in rows if row["rule"] != name]
@@ -221,17 +272,18 @@ def main(args: list[str] | None = None) -> int:
         rows += found
         write_csv(folder / "map.csv", rows)
         grid, *place = missing[number - 1].where.values()
-        said = ", ".join(f"{row['rule']} {_shown(row)} {row.get('verdict', row['status'])}" for row in found)
+        said = ", ".join(f"{row['rule']} {shown(row)} {row.get('verdict', row['status'])}" for row in found)
         print(f"[{number}/{len(missing)}] {grid}: {', '.join(place)}: {said}", flush=True)
-    shown = [row for row in rows if any(row["grid"] == page.name for page in chosen)]
+    shown_rows = [row for row in rows if any(row["grid"] == page.name for page in chosen)]
     for name in names:
-        own = [row for row in shown if row["rule"] == name]
+        own = [row for row in shown_rows if row["rule"] == name]
         for page in chosen:
             print_table(table(page, own))
         draw(chosen, own, f"{name}: final loss / that of the best tuned optimizer").savefig(folder / f"{name}.png")
+        draw_steps(chosen, own, name).savefig(folder / f"{name}_steps.png")
         print(f"{name}: {summary(own)}")
-    print(f"Written to {folder}: map.csv, {', '.join(f'{name}.png' for name in names)}")
-    return int(any(row["status"] != DONE for row in shown))
+    print(f"Written to {folder}: map.csv, {', '.join(pictures)}")
+    return int(any(row["status"] != DONE for row in shown_rows))
 
 
 def _same(rule: UpdateRule, other: UpdateRule) -> bool:
@@ -240,105 +292,32 @@ def _same(rule: UpdateRule, other: UpdateRule) -> bool:
     return describe(rule) == describe(other) and all(torch.equal(own[name], others[name]) for name in own)
 
 
+def _baselines(text: str) -> list[str]:
+    """Names of baselines; brackets may stand around them, as `test` wants it."""
+    names = [name.strip() for name in text.strip("[] ").split(",")]
+    for name in names:
+        if name not in _NAMES:
+            raise argparse.ArgumentTypeError(f"unknown baseline {name!r}; use {', '.join(_NAMES)}")
+    return list(dict.fromkeys(names))
+
+
+def _other_baselines(pages: Sequence[Page], done: Sequence[Row], given: Sequence[str]) -> str | None:
+    """What a cell was compared with, if it is not what it would be compared with now."""
+    for where, flags in (cell for page in pages for cell in page.cells()):
+        for row in (row for row in done if row.items() >= where.items()):
+            was = row.get("baselines", "")  # maps of before have no such column
+            if set(was.split(",")) != set(tuned(flags)) if was else given:
+                return f"{where['grid']!r} was compared with {was or 'the baselines of its own'}"
+    return None
+
+
 def _missing(pages: Sequence[Page], done: Sequence[Row], rules: Sequence[str], root: Path) -> list[_Cell]:
     """The cells that are to be run, with the rules that they are to be run for."""
     found: list[_Cell] = []
-    for page in pages:
-        for down, flags in page.down.values.items():
-            for across, more in page.across.values.items():
-                where = {"grid": page.name, page.down.name: down, page.across.name: across}
-                has = {row["rule"] for row in done if row.items() >= where.items()}
-                lacks = [name for name in rules if name not in has]
-                if lacks:
-                    place = root / "-".join(re.sub(r"\W+", "_", part) for part in where.values())
-                    first = not (done or found)
-                    found.append(_Cell(where, [*page.flags, *flags, *more], place, lacks, first))
+    for where, flags in (cell for page in pages for cell in page.cells()):
+        has = {row["rule"] for row in done if row.items() >= where.items()}
+        lacks = [name for name in rules if name not in has]
+        if lacks:
+            place = root / "-".join(re.sub(r"\W+", "_", part) for part in where.values())
+            found.append(_Cell(where, flags, tuned(flags), place, lacks, first=not (done or found)))
     return found
-
-
-def summary(rows: Sequence[Row]) -> str:
-    """The cells of a rule in a line."""
-    count = {kind: sum(row.get("verdict") == kind for row in rows) for kind in (WINS, TIES, LOSES, DIVERGES)}
-    line = f"{', '.join(f'{kind} {number}' for kind, number in count.items())} of {len(rows)} cells"
-    pairs = [(float(row["learned"]), float(row["adam"])) for row in rows if row.get("adam")]
-    ratios = [learned / adam for learned, adam in pairs if adam and math.isfinite(adam)]
-    if ratios:
-        line += f"; median of learned / tuned Adam {median(ratios):.3f}"
-    pairs = [(float(row["learned"]), float(row[DEFAULT_ADAM])) for row in rows if row.get(DEFAULT_ADAM)]
-    if pairs:
-        better = sum(learned <= default for learned, default in pairs)
-        line += f"; no worse than Adam at its default learning rate in {better} of {len(pairs)}"
-    return line
-
-
-def table(page: Page, rows: Sequence[Row]) -> Table:
-    """A page as ratios and verdicts, from the rows of one rule."""
-    found = Table(title=page.name, box=SIMPLE_HEAD, title_justify="left")
-    found.add_column(page.down.name, justify="right")
-    for across in page.across.values:
-        found.add_column(across, justify="right")
-    for down in page.down.values:
-        cells = [_cell(page, rows, down, across) for across in page.across.values]
-        found.add_row(down, *(f"{_shown(cell)} {cell.get('verdict', 'not run')}" for cell in cells))
-    return found
-
-
-def draw(pages: Sequence[Page], rows: Sequence[Row], title: str) -> Figure:
-    """A heat map a page: blue where the rule wins, red where it loses, crossed out where it diverges.
-
-    Args:
-        pages: What is drawn.
-        rows: Of `map.csv`, those of one rule.
-        title: Title.
-    """
-    columns = min(2, len(pages))
-    lines = math.ceil(len(pages) / columns)
-    rows_of = [max(len(p.down.values) for p in pages[columns * k : columns * (k + 1)]) for k in range(lines)]
-    heights = [1.1 + 0.36 * max(number, 3) for number in rows_of]
-    figure = Figure(figsize=(5.6 * columns, 0.5 + sum(heights)), dpi=130, layout="constrained")
-    grid = list(figure.subplots(lines, columns, squeeze=False, height_ratios=heights).flat)
-    for page, axes in zip(pages, grid, strict=False):
-        _draw_page(page, rows, axes)
-    for axes in grid[len(pages) :]:
-        axes.set_visible(False)
-    figure.suptitle(title, fontsize="medium", x=0.01, ha="left")
-    return figure
-
-
-def _draw_page(page: Page, rows: Sequence[Row], axes: Axes) -> None:
-    cells = [[_cell(page, rows, down, across) for across in page.across.values] for down in page.down.values]
-    strength = [[_strength(cell) for cell in line] for line in cells]
-    axes.imshow(strength, cmap="RdBu_r", vmin=-1, vmax=1, aspect="auto")
-    for y, line in enumerate(cells):
-        for x, cell in enumerate(line):
-            bold = cell.get("verdict") in (WINS, LOSES)
-            dark = abs(strength[y][x]) > 0.6
-            style: dict[str, Any] = {"color": "white" if dark else "black", "fontweight": "bold" if bold else "normal"}
-            axes.text(x, y, _shown(cell), ha="center", va="center", fontsize="small", **style)
-            if cell.get("verdict") == DIVERGES:
-                axes.plot([x - 0.5, x + 0.5], [y - 0.5, y + 0.5], color="black", linewidth=1)
-                axes.plot([x - 0.5, x + 0.5], [y + 0.5, y - 0.5], color="black", linewidth=1)
-    axes.set_xticks(range(len(page.across.values)), list(page.across.values))
-    axes.set_yticks(range(len(page.down.values)), list(page.down.values))
-    axes.set_xlabel(page.across.name)
-    axes.set_ylabel(page.down.name)
-    axes.set_title(page.name, fontsize="small", loc="left")
-    axes.tick_params(length=0)
-
-
-def _cell(page: Page, rows: Sequence[Row], down: str, across: str) -> Row:
-    wanted = {"grid": page.name, page.down.name: down, page.across.name: across}
-    return next((row for row in rows if row.items() >= wanted.items()), {})
-
-
-def _strength(cell: Row) -> float:
-    """Colour of a cell, from -1 for wins to 1 for loses."""
-    ratio = float(cell.get("ratio") or "nan")
-    if cell.get("verdict") == DIVERGES:
-        return 1.0
-    return max(-1.0, min(1.0, math.log(ratio) / math.log(_ENDS))) if 0 < ratio < math.inf else 0.0
-
-
-def _shown(cell: Row) -> str:
-    ratio = float(cell.get("ratio") or "nan")
-    return f"{ratio:.2f}" if 0.01 <= ratio < 100 else f"{ratio:.0e}" if math.isfinite(ratio) else "-"

@@ -91,8 +91,8 @@ class Result:
         return next((step for step, mean in enumerate(self._smoothed(), 1) if mean <= loss), None)
 
     def steps_below(self, loss: float) -> int | None:
-        """First inner step from which on that mean stays at or below `loss`; None if it ends above."""
-        above = [step for step, mean in enumerate(self._smoothed(), 1) if not mean <= loss]
+        """First inner step from which on that mean is finite and at or below `loss`; None if it does not end so."""
+        above = [step for step, mean in enumerate(self._smoothed(), 1) if not (mean <= loss and math.isfinite(mean))]
         first = above[-1] + 1 if above else 1
         return first if first < len(self.losses) else None
 

@@ -8,9 +8,10 @@ import pytest
 import torch
 
 from lightning_l2l import RNNprop
-from lightning_l2l.commands import cli
+from lightning_l2l.commands import cli, map
 from lightning_l2l.commands.grids import Axis, Page, pages
-from lightning_l2l.commands.map import chance, draw, main, summary, table, verdict
+from lightning_l2l.commands.heat_maps import draw, draw_steps, summary, table
+from lightning_l2l.commands.map import chance, main, verdict
 from lightning_l2l.rules.files import save_rule
 
 pytestmark = pytest.mark.usefixtures("in_tmp_path")
@@ -77,6 +78,12 @@ def test_the_summary_counts_verdicts_and_compares_with_adam():
         "wins 1, ties 1, loses 1, diverges 1 of 4 cells; median of learned / tuned Adam 1.000; "
         "no worse than Adam at its default learning rate in 2 of 3"
     )
+    shares = [("0.2", "0.5"), ("0.4", "nan"), ("inf", "inf"), ("0.6", "3.0")]
+    told = summary([{"share_of_steps": steps, "share_of_seconds": seconds} for steps, seconds in shares])
+    below = "stays below the best tuned optimizer's final loss in"
+    assert told.endswith(f"{below} 3 of 4, median share of the steps: 0.50, of the seconds: 3.00")
+    told = summary([{"share_of_steps": "inf", "share_of_seconds": "nan"}])
+    assert told.endswith(f"{below} 0 of 1, median share of the steps: never")
 
 
 @pytest.mark.parametrize("small", [True, False])
@@ -118,9 +125,32 @@ def test_the_picture_is_blue_where_it_wins_red_where_it_loses_and_crossed_out_wh
     assert [label.get_text() for label in axes.get_xticklabels()] == ["1", "2"]
 
 
+def test_the_second_picture_is_dark_where_it_is_soon_and_says_never_where_it_ends_above():
+    shares = ["0.25", "inf", "inf", "0.5"]  # the last is of another grid
+    figure = draw_steps([PAGE], [{**cell, "share_of_steps": s} for cell, s in zip(CELLS, shares, strict=True)], "own")
+    (axes,) = figure.axes
+    assert [text.get_text() for text in axes.texts] == ["0.25", "never", "never", "-"]
+    assert [patch.get_xy() for patch in axes.patches] == [(0.5, -0.5), (-0.5, 0.5)]  # hatched
+    assert [list(line.get_xdata()) for line in axes.lines] == [[-0.5, 0.5]] * 2  # crossed out: diverged
+    (image,) = axes.images
+    light = [sum(image.cmap(image.norm(share))[:3]) for share in (0.0, 0.25, 0.5, 1.0)]
+    assert light == sorted(set(light)) and light[-1] < sum((0.93,) * 3)  # also 1 is no white
+    (label,) = figure.legends[0].get_texts()
+    assert label.get_text() == "never: its loss ends above, in 2 of 3 cells; -: not known"
+    of_before = draw_steps([PAGE], CELLS, "own").axes[0]  # a map without the measure
+    assert {text.get_text() for text in of_before.texts} == {"-"} and not of_before.patches
+
+
 def read(path):
     with path.open() as file:
         return list(csv.DictReader(file))
+
+
+def read_map(folder):
+    """Its rows, without what depends on the clock."""
+    rows = read(folder / "map.csv")
+    assert all(float(row.pop("share_of_seconds")) > 0 for row in rows)
+    return rows
 
 
 def test_the_command_runs_every_cell_and_goes_on_where_it_was_stopped(capsys):
@@ -129,7 +159,7 @@ def test_the_command_runs_every_cell_and_goes_on_where_it_was_stopped(capsys):
     assert main(command) == 0
     told = capsys.readouterr().out
     folder = Path("map/version_0")
-    rows = read(folder / "map.csv")
+    rows = read_map(folder)
     wanted = [(dim, steps, rule) for dim in ("2", "10") for steps in ("20", "40") for rule in ("quadratic", "own")]
     assert [(r["dimension"], r["inner steps"], r["rule"]) for r in rows] == wanted
     for cell in rows:
@@ -143,8 +173,18 @@ def test_the_command_runs_every_cell_and_goes_on_where_it_was_stopped(capsys):
         assert cell["learned"] == learned["final_loss"] and learned["num_steps"] == cell["inner steps"]
         best = min(float(other["final_loss"]) for other in others[:-1])  # tuned once, for both
         assert float(cell["ratio"]) == pytest.approx(float(learned["final_loss"]) / best)
+        curve = [
+            float(point["mean"]) for point in read(path.with_name("curves.csv")) if point["optimizer"] == "learned"
+        ]
+        last = max((step for step, loss in enumerate(curve) if step and loss > best), default=0)  # one that is above
+        share = (last + 1) / (len(curve) - 1)
+        assert float(cell["share_of_steps"]) == pytest.approx(share if share <= 1 else math.inf)
+    assert len({row["share_of_steps"] for row in rows}) > 1 and {row["baselines"] for row in rows} == {
+        "adam,rmsprop,sgd,nag,adamw"
+    }
     for name in ("quadratic", "own"):
         assert (folder / f"{name}.png").stat().st_size > 10_000 and f"{name}: wins" in told
+        assert (folder / f"{name}_steps.png").stat().st_size > 10_000
     assert told.count("of 4 cells") == 2 and "Quadratics: inner steps and dimension" in told
 
     lines = (folder / "map.csv").read_text().splitlines()
@@ -153,17 +193,17 @@ def test_the_command_runs_every_cell_and_goes_on_where_it_was_stopped(capsys):
     again = capsys.readouterr().out
     assert again.count("] Quadratics") == 2 and "[2/2] Quadratics: inner steps and dimension: 10, 40: qua" in again
     assert "Tuned in" not in again and "Tuned in" in next((folder / "runs").glob("*-10-40/log")).read_text()
-    assert read(folder / "map.csv") == rows
+    assert read_map(folder) == rows
 
     (folder / "map.csv").write_text("\n".join(lines[:8]) + "\n")  # one rule of the last cell is missing
     logs = [path.read_text().count("Tuned in") for path in sorted((folder / "runs").glob("*/log"))]
     assert main([*command, "--resume", str(folder)]) == 0
     assert capsys.readouterr().out.count("] Quadratics") == 1
-    assert read(folder / "map.csv") == rows
+    assert read_map(folder) == rows
 
     save_rule(RNNprop(hidden_size=2), Path("more.npz"))  # a further rule joins
     assert main(["more.npz", *command, "--resume", str(folder)]) == 0
-    found = read(folder / "map.csv")
+    found = read_map(folder)
     assert found[:8] == rows and [row["rule"] for row in found[8:]] == ["more"] * 4
     for own, row in zip(rows[1::2], found[8:], strict=True):
         assert row["best"] == own["best"] and row["learned"] != own["learned"]
@@ -177,7 +217,40 @@ def test_the_command_runs_every_cell_and_goes_on_where_it_was_stopped(capsys):
 def test_cells_run_side_by_side_as_they_do_one_after_the_other():
     command = ["quadratic", "--small", "--only", "Quadratics"]
     assert main(command) == main([*command, "--jobs", "2"]) == 0
-    assert read(Path("map/version_1/map.csv")) == read(Path("map/version_0/map.csv"))
+    assert read_map(Path("map/version_1")) == read_map(Path("map/version_0"))
+
+
+def test_baselines_are_given_by_name_and_are_the_same_when_the_map_goes_on(monkeypatch, capsys):
+    def one_cell(*args, **options):
+        page = next(page for page in pages(*args, **options) if page.name.startswith("Quadratics"))
+        first = [Axis(axis.name, dict(list(axis.values.items())[:1])) for axis in (page.across, page.down)]
+        return [Page(page.name, page.flags, *first)]
+
+    monkeypatch.setattr(map, "pages", one_cell)
+    folder = Path("map/version_0")
+    begun, again = ["quadratic", "--small"], ["quadratic", "--small", "--resume", str(folder)]
+    assert main([*begun, "--baselines", "[adamw_cosine, nag]"]) == 0
+    rows = read_map(folder)
+    (row,) = rows
+    assert row["baselines"] == "adamw_cosine,nag" and row["optimizer"] in ("adamw_cosine", "nag")
+    assert float(row["adam_default"]) and "adam" not in row
+    assert main([*again, "--baselines", "nag,adamw_cosine"]) == 0 and read_map(folder) == rows
+
+    def refused(*other):
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stop:
+            main([*again, *other])
+        assert stop.value.code == 2
+        return capsys.readouterr().err
+
+    assert "compared with adamw_cosine,nag; go on" in refused()
+    assert "compared with adamw_cosine,nag; go on" in refused("--baselines", "nag")
+    (folder / "map.csv").unlink()  # as if stopped in its first cell: what is tuned there is another comparison
+    assert main([*again, "--baselines", "nag"]) == 0
+    assert [(row["baselines"], row["optimizer"]) for row in read_map(folder)] == [("nag", "nag")]
+    text = (folder / "map.csv").read_text().replace("baselines", "forgotten")  # a map of before has no such column
+    (folder / "map.csv").write_text(text)
+    assert main(again) == 0 and "compared with the baselines of its own; go on" in refused("--baselines", "adam")
 
 
 @pytest.mark.parametrize(
@@ -186,7 +259,9 @@ def test_cells_run_side_by_side_as_they_do_one_after_the_other():
         (["no_such_rule"], "no rule at 'no_such_rule'"),
         (["quadratic", "--only", "ImageNet"], "'ImageNet' is in the name of no grid"),
         (["--jobs", "0", "quadratic"], "--jobs 0 is no number of processes"),
-        (["quadratic", "a/quadratic.npz"], "two rules have one name (quadratic, quadratic)"),
+        (["quadratic", "a/quadratic.npz"], "two pictures would have one name (quadratic.png, quadratic_steps.png"),
+        (["mnist", "mnist_steps"], "two pictures would have one name (mnist.png, mnist_steps.png, mnist_steps.png"),
+        (["quadratic", "--baselines", "adam,adamw-cosine"], "unknown baseline 'adamw-cosine'; use adam, rmsprop"),
     ],
 )
 def test_mistakes_are_told_in_one_line(args, message, capsys):

@@ -59,7 +59,9 @@ def test_the_speed_up_is_a_share_of_steps_and_of_seconds():
     assert math.isnan(Result("untimed", losses_of(8, 4, 2, 2, 2)).speed_up(best)[1])
     flat = Result("flat", losses_of(2, 1, 1, 1, 1))  # both are at the floor: the ratio of their losses says nothing
     assert flat.speed_up(Result("late", losses_of(2, 2, 2, 1.5, 1)))[0] == 0.25
-    assert Result("diverged", losses_of(8, 2, math.inf, math.inf, math.inf)).speed_up(best)[0] == math.inf
+    diverged = Result("diverged", losses_of(8, 2, math.inf, math.inf, math.inf))
+    assert diverged.speed_up(best)[0] == diverged.speed_up(diverged)[0] == math.inf
+    assert best.speed_up(diverged)[0] == 0.25
 
 
 def test_references():
