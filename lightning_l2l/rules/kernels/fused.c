@@ -193,7 +193,7 @@ INLINE void find_moving(const Rule *rule, const float *restrict gradient, const 
   for (int v = 0; v < TILE; v += LANES) {
     ivec bits = (ivec) * (const vec *)(gradient + v);
     for (long k = 0; k < rows; k++) bits |= (ivec) * (const vec *)(row + k * TILE + v);
-    *(vec *)(mask + v) = (vec)((bits & 0x7fffffff) != 0 | (rule->waits ? 0 : -1));
+    *(vec *)(mask + v) = (vec)(((bits & 0x7fffffff) != 0) | (rule->waits ? 0 : -1));
   }
 }
 
