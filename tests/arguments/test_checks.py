@@ -282,7 +282,7 @@ def test_baselines_are_found_or_told(given):
 def test_numbers_of_numpy_become_plain_ones():
     """Else a checkpoint would hold a class that `weights_only` does not load."""
     rule = CoordinatewiseLSTM(p=np.float64(9.0), preprocessing=np.str_("identity"))
-    assert [type(v) for v in describe(rule)["init_args"].values()] == [int, int, str, float, float, float]
+    assert [type(v) for v in describe(rule)["init_args"].values()] == [int, int, str, float, float, float, bool]
 
 
 @given(st.recursive(VALUES, lambda v: st.lists(v) | st.dictionaries(st.text(), v)), st.integers(10, 300))
