@@ -186,8 +186,8 @@ class CoordinatewiseLSTM(UpdateRule):
         """
         if not self.wait_for_gradient:
             return torch.ones_like(gradient, dtype=torch.bool)
-        cells = torch.unflatten(state, 0, (self.num_layers, 2, self.hidden_size))[:, 1]
-        return (gradient != 0) | cells.any(0).any(0)
+        cells = torch.unflatten(state.detach(), 0, (self.num_layers, 2, self.hidden_size))[:, 1]
+        return (gradient != 0) | (cells.abs().sum((0, 1)) != 0)  # any() takes four times as long
 
     def fused(self, library: Any, *, back: bool = False) -> FusedLSTM:
         """The compiled kernel with this rule's weights as they are now; `back` for the backward pass too."""
@@ -248,6 +248,7 @@ class _LSTMUnroll(RuleUnroll):
         self.rule, self.flat, self.num_steps, self.shape, self.like = rule, flat, num_steps, rule.shape, like
         self.parts = list(blocks(num_coordinates, block or block_size(like)))
         self.update = like.new_empty(1, num_coordinates)
+        self.moving = torch.empty_like(self.update[0], dtype=torch.bool)
         self.updates = [self.update[:, part] for part in self.parts]
         self.scratch: dict[int, Scratch] = {}
         self.shared: dict[int, Block] = {}
@@ -275,7 +276,8 @@ class _LSTMUnroll(RuleUnroll):
         rule = self.rule
         self.weights = pack(self.shape, rule.layers(), (rule.readout.weight, rule.readout.bias), rule.output_scale)
         self.count = 0
-        self.moving = self._moved(state)
+        for part in self.parts:
+            self.moving[part] = self._moved(state[:, part])
         if self.flat:
             self.first.copy_(state)
             return

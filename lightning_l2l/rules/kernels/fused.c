@@ -185,16 +185,27 @@ static float *clock_of(const Rule *rule, float *memory) { return memory + (2 * r
 INLINE vec only(vec mask, vec x) { return (vec)((ivec)mask & (ivec)x); }
 
 /* mask [TILE] of the coordinates that move: those with a gradient other than 0, and those that had one, of which what the
- * weights in the mean of squares add up to tells, or the cells. Bits are looked at: as floats the least count as 0 here. */
-INLINE void find_moving(const Rule *rule, const float *restrict gradient, const float *restrict memory,
-                        const float *restrict cells, float *restrict mask) {
-  long moments = rule->kind == MOMENTS, rows = moments ? 1 : rule->layers * rule->hidden;
+ * weights in the mean of squares add up to tells, or the cells. Bits are looked at: as floats the least count as 0 here.
+ * Returns whether some may not move, which is rare and so may cost more. */
+INLINE int find_moving(const Rule *rule, const float *restrict gradient, const float *restrict memory,
+                       const float *restrict cells, float *restrict mask) {
+  int zeros = 0;
+  for (int k = 0; k < TILE; k++) zeros |= gradient[k] == 0.0f;
+  zeros &= rule->waits != 0;
+  long moments = rule->kind == MOMENTS, rows = !zeros ? 0 : moments ? 1 : rule->layers * rule->hidden;
   const float *row = moments ? memory + (2 * rule->means + 1) * TILE : cells;
   for (int v = 0; v < TILE; v += LANES) {
     ivec bits = (ivec) * (const vec *)(gradient + v);
     for (long k = 0; k < rows; k++) bits |= (ivec) * (const vec *)(row + k * TILE + v);
-    *(vec *)(mask + v) = (vec)(((bits & 0x7fffffff) != 0) | (rule->waits ? 0 : -1));
+    *(vec *)(mask + v) = (vec)(((bits & 0x7fffffff) != 0) | (zeros - 1));
   }
+  return zeros;
+}
+
+/* Zeros in rows [rows, TILE] where a coordinate does not move. */
+static void hold(const float *restrict mask, long rows, float *restrict to) {
+  for (long k = 0; k < rows; k++, to += TILE)
+    for (int v = 0; v < TILE; v += LANES) *(vec *)(to + v) = only(*(const vec *)(mask + v), *(vec *)(to + v));
 }
 
 /* Features x [features, TILE] of gradients [TILE]; memory [memories, TILE] is the running means of g and that of g^2, what
@@ -434,11 +445,11 @@ static void load(float *restrict h, float *restrict c, const float *restrict sta
  * once and all else stays in registers and the first cache. */
 
 /* With I = 1 + 2^i and so on, sigmoid(i) = 1 / I and tanh(g) = (2 - G) / G: the cell takes one reciprocal and the output
- * another. Without g, a cell that is 0 stays so, and the output is 0. */
-INLINE void unit(const float *restrict sums, const float *restrict mask, float *restrict cell, float *restrict hidden) {
+ * another. */
+INLINE void unit(const float *restrict sums, float *restrict cell, float *restrict hidden) {
   const vec *s = (const vec *)sums;
   vec i = 1.0f + power_of_2(s[0], 40.0f), f = 1.0f + power_of_2(s[WIDE], 40.0f), o = 1.0f + power_of_2(s[2 * WIDE], 40.0f);
-  vec g = power_of_2(only(*(const vec *)mask, s[3 * WIDE]), 40.0f), i_g = i * (1.0f + g);
+  vec g = power_of_2(s[3 * WIDE], 40.0f), i_g = i * (1.0f + g);
   vec c = (*(vec *)cell * i_g + f * (1.0f - g)) * reciprocal(f * i_g);
   vec tau = power_of_2(c * (-2.0f * LOG2_E), 40.0f);
   *(vec *)cell = c;
@@ -457,7 +468,7 @@ INLINE vec bound(const Rule *rule, const float *restrict clock, int v, long more
 }
 
 /* inputs: rows x, h of the lowest layer, h of the next, ...; a layer reads what is below and its own h, which are
- * adjacent, and writes its own h: the next layer's input. */
+ * adjacent, and writes its own h: the next layer's input. mask: null where all coordinates move. */
 static void tile_step(const Rule *rule, const float *restrict weights, const float *restrict mask, float *restrict inputs,
                       float *restrict cells, float *restrict sums, const float *restrict clock, float *restrict update) {
   long hidden = rule->hidden;
@@ -466,14 +477,19 @@ static void tile_step(const Rule *rule, const float *restrict weights, const flo
     weights = all_sums(hidden, 1, weights, inputs, below + hidden, 0, 0, sums);
     inputs += below * TILE;
     for (long j = 0; j < hidden; j++, cells += TILE)
-      for (int v = 0; v < TILE; v += LANES) unit(sums + 4 * j * TILE + v, mask + v, cells + v, inputs + j * TILE + v);
+      for (int v = 0; v < TILE; v += LANES) unit(sums + 4 * j * TILE + v, cells + v, inputs + j * TILE + v);
+    if (mask) {
+      hold(mask, hidden, inputs);
+      hold(mask, hidden, cells - hidden * TILE);
+    }
   }
   for (int v = 0; v < WIDE; v++) {
     vec sum = ALL(weights[0]);
     for (long j = 0; j < hidden; j++) sum += weights[1 + j] * ((vec *)(inputs + j * TILE))[v];
     if (rule->kind == MOMENTS) sum = bound(rule, clock, v, 0) * tanh_of(sum);
-    ((vec *)update)[v] = only(((const vec *)mask)[v], sum);
+    ((vec *)update)[v] = sum;
   }
+  if (mask) hold(mask, 1, update);
 }
 
 static long step_size(const Rule *rule) {
@@ -503,10 +519,10 @@ void lstm_step(const Rule *rule, long n, long stride, const float *restrict weig
       load_row(given, gradient + at, m);
       for (long k = 0; k < memories(rule); k++) load_row(memory + k * TILE, remembered + k * stride, m);
       load(h, cells, state + at, stride, hidden, units, m);
-      find_moving(rule, given, memory, cells, mask);
+      int all = !find_moving(rule, given, memory, cells, mask);
       preprocess(rule, given, mask, memory, x);
       if (rule->kind == MOMENTS) input_layer(rule, weights, x, inputs);
-      tile_step(rule, weights + layers_at(rule), mask, inputs, cells, sums, clock_of(rule, memory), out);
+      tile_step(rule, weights + layers_at(rule), all ? 0 : mask, inputs, cells, sums, clock_of(rule, memory), out);
       for (long k = 0; k < memories(rule); k++) copy(remembered + k * stride, memory + k * TILE, m);
       for (long k = 0; k < units; k++) {
         float *row = state + (k + k / hidden * hidden) * stride + at;
