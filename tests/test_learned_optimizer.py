@@ -5,6 +5,7 @@ import math
 import re
 import warnings
 from contextlib import nullcontext
+from functools import partial
 
 import pytest
 import torch
@@ -82,6 +83,28 @@ def quadratic_batch(num_tasks):
     g = torch.Generator().manual_seed(2)
     W, y = torch.randn(num_tasks, 4, 4, generator=g), torch.randn(num_tasks, 4, generator=g)
     return {"W": W, "y": y, "seed": torch.arange(num_tasks)}
+
+
+@pytest.mark.parametrize("waits", [True, False])
+@pytest.mark.parametrize("make", [CoordinatewiseLSTM, RNNprop, partial(RNNprop, time=True, warmup=3)])
+def test_rows_of_an_embedding_that_never_appear_stay(make, waits):
+    torch.manual_seed(0)
+    rule = make(hidden_size=4, wait_for_gradient=waits)
+    net = nn.Sequential(nn.Embedding(6, 3, padding_idx=0), nn.Linear(3, 2))
+    inputs, targets = torch.randint(1, 4, (2, 9, 8)), torch.randint(0, 2, (2, 9, 8))
+    unroll = Unroll(NetworkTask(net), rule)
+    episode = unroll.start({"inputs": inputs, "targets": targets, "seed": torch.arange(2)})
+    before = episode.params["0.weight"].clone()
+    unroll.run(episode, 8)
+    moved = [(episode.params["0.weight"] != before).any(2).any(0)]
+    optimizer, before = LearnedOptimizer(net.parameters(), rule), net[0].weight.detach().clone()
+    for x, y in zip(inputs[0], targets[0], strict=True):
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(net(x), y).backward()
+        optimizer.step()
+    moved.append((net[0].weight != before).any(1))
+    for found in moved:
+        assert found.tolist() == [not waits, True, True, True, not waits, not waits]
 
 
 @pytest.mark.parametrize("memory", ["fast", "flat"])

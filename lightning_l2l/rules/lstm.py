@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from lightning_l2l.arguments import brief, check_at_least, check_choice, check_fits_memory, is_number
+from lightning_l2l.arguments import brief, check_at_least, check_choice, check_fits_memory, check_flag, is_number
 from lightning_l2l.rules.base import Memory, RuleUnroll, Seen, UpdateRule, block_size, blocks, cotangents
 from lightning_l2l.rules.kernels.fused import FusedLSTM, FusedRule, FusedUnroll, check_count, fused_for
 from lightning_l2l.rules.kernels.lstm_kernel import Block, LSTMShape, Scratch, pack, step_in_place, unpack_gradients
@@ -63,13 +63,18 @@ def layers_of(rule: nn.Module, num_layers: int) -> list[tuple[Tensor, Tensor, Te
     return [tuple(getattr(rule, f"{name}_l{layer}") for name in names) for layer in range(num_layers)]
 
 
-def run_layers(layers: Sequence[tuple[Tensor, Tensor, Tensor]], x: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
-    """One step of the layers: inputs `[features, n]`, rows (h, c) a layer -> the highest h `[hidden, n]`, next rows."""
+def run_layers(
+    layers: Sequence[tuple[Tensor, Tensor, Tensor]], x: Tensor, state: Tensor, moving: Tensor
+) -> tuple[Tensor, Tensor]:
+    """One step of the layers: inputs `[features, n]`, rows (h, c) a layer -> the highest h `[hidden, n]`, next rows.
+
+    Where `moving` `[n]` is False, cells that are 0 stay so.
+    """
     after = []
     parts = torch.unflatten(state, 0, (len(layers), 2, -1))
     for (weight_ih, weight_hh, bias), (h, c) in zip(layers, parts, strict=True):
         i, f, g, o = (weight_ih @ x + weight_hh @ h + bias[:, None]).chunk(4)
-        c = torch.sigmoid(f) * c + torch.sigmoid(i) * torch.tanh(g)
+        c = torch.sigmoid(f) * c + torch.sigmoid(i) * (torch.tanh(g) * moving)
         x = torch.sigmoid(o) * torch.tanh(c)
         after += [x, c]
     return x, torch.cat(after)
@@ -80,6 +85,9 @@ class CoordinatewiseLSTM(UpdateRule):
 
     .. math:: g_t = s\,(w^\top h_t + b), \qquad h_t = \mathrm{LSTM}(\mathrm{preprocess}(\nabla f_t), h_{t-1})
 
+    A coordinate whose gradient has never been anything but zero is not moved: that of a token not seen yet, of padding,
+    of a weight that was pruned at the start. For by its biases an LSTM answers to zeros, too.
+
     State: `[2 * hidden_size * num_layers, num_coordinates]`, rows (h, c) of the lowest layer first.
 
     Args:
@@ -89,6 +97,8 @@ class CoordinatewiseLSTM(UpdateRule):
         p: The p of appendix A, in (0, 87]; not used by "identity".
         output_scale: s, the factor on the readout; not zero.
         forget_bias: What the forget gates' bias starts at.
+        wait_for_gradient: Whether a coordinate stays where it is, and its state zero, until its first gradient other
+            than 0. If not, it goes where the biases take it, as in the paper.
 
     Raises:
         ValueError: A size below 1 or one that needs more memory than there is, an unknown preprocessing, another
@@ -113,9 +123,11 @@ class CoordinatewiseLSTM(UpdateRule):
         p: float = 10.0,
         output_scale: float = 0.1,
         forget_bias: float = 0.0,
+        wait_for_gradient: bool = True,
     ) -> None:
         super().__init__()
         check_sizes(hidden_size, num_layers)
+        check_flag(wait_for_gradient=wait_for_gradient)
         check_choice(PREPROCESSING, preprocessing=preprocessing)
         if not is_number(p) or not 0 < p <= 87:
             raise ValueError(
@@ -130,6 +142,7 @@ class CoordinatewiseLSTM(UpdateRule):
         self.p = p
         self.output_scale = output_scale
         self.forget_bias = forget_bias
+        self.wait_for_gradient = wait_for_gradient
         self._preprocess, self._input_size = PREPROCESSING[preprocessing]
         register_layers(self, self._input_size, hidden_size, num_layers)
         self.readout = nn.Linear(hidden_size, 1)
@@ -162,14 +175,27 @@ class CoordinatewiseLSTM(UpdateRule):
 
     def forward(self, gradient: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
         """See `UpdateRule.forward`."""
-        h, after = run_layers(self.layers(), self.preprocess(gradient), state)
-        return self.output_scale * self.readout(h.t())[:, 0], after
+        moving = self.moving(gradient, state)
+        h, after = run_layers(self.layers(), self.preprocess(gradient), state, moving)
+        return torch.where(moving, self.output_scale * self.readout(h.t())[:, 0], 0.0), after
+
+    def moving(self, gradient: Tensor, state: Tensor) -> Tensor:
+        """Which coordinates move in an inner step: `[num_coordinates]`, bool.
+
+        A cell is 0 until its first step, and no LSTM leaves all of them at 0.
+        """
+        if not self.wait_for_gradient:
+            return torch.ones_like(gradient, dtype=torch.bool)
+        cells = torch.unflatten(state.detach(), 0, (self.num_layers, 2, self.hidden_size))[:, 1]
+        return (gradient != 0) | (cells.abs().sum((0, 1)) != 0)  # any() takes four times as long
 
     def fused(self, library: Any, *, back: bool = False) -> FusedLSTM:
         """The compiled kernel with this rule's weights as they are now; `back` for the backward pass too."""
         weights = [weight for layer in self.layers() for weight in layer]
         weights += [self.readout.weight, self.readout.bias]
-        numbers = {"p": self.p} if self.preprocessing == "log_and_sign" else {}
+        numbers: dict[str, float] = {"waits": self.wait_for_gradient}
+        if self.preprocessing == "log_and_sign":
+            numbers["p"] = self.p
         rule = FusedRule.of(self.preprocessing, self.hidden_size, self.num_layers, self.output_scale, **numbers)
         return FusedLSTM(library, rule, weights, back=back)
 
@@ -182,7 +208,8 @@ class CoordinatewiseLSTM(UpdateRule):
         packed = pack(self.shape, self.layers(), (self.readout.weight, self.readout.bias), self.output_scale)
         update = torch.empty_like(gradient)
         for part in blocks(len(gradient), block_size(gradient)):
-            update[part] = step_in_place(self.shape, packed, self.preprocess(gradient[part]), state[:, part])
+            x, moving = self.preprocess(gradient[part]), self.moving(gradient[part], state[:, part])
+            update[part] = step_in_place(self.shape, packed, x, state[:, part], moving)
         return update
 
     def unroller(
@@ -221,6 +248,7 @@ class _LSTMUnroll(RuleUnroll):
         self.rule, self.flat, self.num_steps, self.shape, self.like = rule, flat, num_steps, rule.shape, like
         self.parts = list(blocks(num_coordinates, block or block_size(like)))
         self.update = like.new_empty(1, num_coordinates)
+        self.moving = torch.empty_like(self.update[0], dtype=torch.bool)
         self.updates = [self.update[:, part] for part in self.parts]
         self.scratch: dict[int, Scratch] = {}
         self.shared: dict[int, Block] = {}
@@ -239,11 +267,17 @@ class _LSTMUnroll(RuleUnroll):
             self.shared[size] = self._block(size)
         return self.shared[size]
 
+    def _moved(self, state: Tensor) -> Tensor:
+        """Coordinates that move without a gradient, too."""
+        return self.rule.moving(torch.zeros_like(state[0]), state)
+
     @torch.no_grad()
     def begin(self, state: Tensor, seen: Seen | None = None) -> None:
         rule = self.rule
         self.weights = pack(self.shape, rule.layers(), (rule.readout.weight, rule.readout.bias), rule.output_scale)
         self.count = 0
+        for part in self.parts:
+            self.moving[part] = self._moved(state[:, part])
         if self.flat:
             self.first.copy_(state)
             return
@@ -253,12 +287,13 @@ class _LSTMUnroll(RuleUnroll):
     @torch.no_grad()
     def step(self, gradient: Tensor, state: Tensor, seen: Seen | None = None) -> Tensor:
         x = self.rule.preprocess(gradient)
+        self.moving |= gradient != 0
         if self.flat:
             for part, update in zip(self.parts, self.updates, strict=True):
-                update[0] = step_in_place(self.shape, self.weights, x[:, part], state[:, part])
+                update[0] = step_in_place(self.shape, self.weights, x[:, part], state[:, part], self.moving[part])
         else:
             for part, update, block in zip(self.parts, self.updates, self.kept, strict=True):
-                block.forward(self.count, x[:, part], self.weights, update)
+                block.forward(self.count, x[:, part], self.moving[part], self.weights, update)
         self.count += 1
         if not self.flat and self.count == self.num_steps:
             for part, block in zip(self.parts, self.kept, strict=True):
@@ -273,8 +308,10 @@ class _LSTMUnroll(RuleUnroll):
             if self.flat:
                 block = self._shared(part.stop - part.start)
                 block.load(self.first[:, part])
-                for step in range(self.num_steps):
-                    block.forward(step, self.rule.preprocess(gradients[step, part]), self.weights, None)
+                moving = self._moved(self.first[:, part])
+                for step, gradient in enumerate(gradients[:-1, part]):
+                    moving |= gradient != 0
+                    block.forward(step, self.rule.preprocess(gradient), moving, self.weights, None)
             else:
                 block = self.kept[index]
             of_updates = cotangents(gradients[:, part], weights, None if beside is None else beside[:, part])

@@ -44,6 +44,9 @@ class RNNprop(UpdateRule):
     never sees how large gradients are keeps on making steps as large as the noise lets it, and over thousands of steps
     comes no closer.
 
+    A coordinate whose gradient has never been anything but zero is not moved, as under `CoordinatewiseLSTM`, and its
+    running means begin with its first other gradient. The number of steps is that of the optimizee: it goes on.
+
     State: `[state_size, num_coordinates]`, rows (h, c) of the lowest layer first, then the running means of the
     gradient and that of its square, what the weights in each of them add up to, and the number of steps.
 
@@ -59,6 +62,8 @@ class RNNprop(UpdateRule):
         horizon: *Inner steps* that an optimizee is trained for, at least 1: from alpha at the first step the bound
             falls evenly to alpha / 20 after so many, and stays there; None: it does not fall so.
         warmup: *Inner steps* over which the bound rises to alpha, at least 1; None: it starts with that.
+        wait_for_gradient: Whether a coordinate stays where it is until its first gradient other than 0. If not, it goes
+            where the biases take it, as in the paper.
 
     Raises:
         ValueError: A size below 1 or one that needs more memory than there is, or another argument out of range.
@@ -86,6 +91,7 @@ class RNNprop(UpdateRule):
         decay: int | None = None,
         horizon: int | None = None,
         warmup: int | None = None,
+        wait_for_gradient: bool = True,
     ) -> None:
         super().__init__()
         check_sizes(hidden_size, num_layers)
@@ -95,13 +101,14 @@ class RNNprop(UpdateRule):
         for name, beta in (*(("beta1", one) for one in means), ("beta2", beta2)):
             if not is_number(beta) or not 0 <= beta < 1:
                 raise ValueError(f"{name}={brief(beta)} is out of range; use a number from 0 to below 1, such as 0.95")
-        check_flag(time=time)
+        check_flag(time=time, wait_for_gradient=wait_for_gradient)
         check_at_least(1, MOST, optional=True, decay=decay, horizon=horizon, warmup=warmup)
         check_positive(eps=eps)
         check_output_scale(output_scale)
         self.hidden_size, self.num_layers = hidden_size, num_layers
         self.beta1, self.beta2, self.eps, self.output_scale = beta1, beta2, eps, output_scale
         self.time, self.decay, self.horizon, self.warmup = time, decay, horizon, warmup
+        self.wait_for_gradient = wait_for_gradient
         self._gains = [1 - beta for beta in means]  # of beta itself, float32 would lose digits
         register_layers(self, hidden_size, hidden_size, num_layers)
         self.readout = nn.Linear(hidden_size, 1)
@@ -127,6 +134,7 @@ class RNNprop(UpdateRule):
         num = len(self._gains)
         sizes = [2 * self.hidden_size * self.num_layers, num, 1, num, 1, self._has_clock]
         of_layers, means, square, of_means, of_square, steps = torch.split(state, sizes)
+        moving = (gradient != 0) | (of_square[0] != 0) | (not self.wait_for_gradient)
         gradient = gradient.clamp(-_LARGEST, _LARGEST)
         gains = gradient.new_tensor(self._gains)[:, None]
         means = torch.lerp(means, gradient.expand(num, -1), gains)  # [num, num_coordinates]
@@ -140,15 +148,15 @@ class RNNprop(UpdateRule):
         if self.time:
             x = torch.cat([x, torch.log1p(steps) / 4 - 1])
         x = nn.functional.elu(self.input(x.t())).t()
-        h, after = run_layers(layers_of(self, self.num_layers), x, of_layers)
-        update = self.output_scale * torch.tanh(self.readout(h.t())[:, 0])
+        h, after = run_layers(layers_of(self, self.num_layers), x, of_layers, moving)
+        update = torch.where(moving, self.output_scale * torch.tanh(self.readout(h.t())[:, 0]), 0.0)
         if self.warmup is not None:
             update = update * (steps[0] / self.warmup).clamp(max=1)
         if self.decay is not None:
             update = update / (1 + steps[0] / self.decay).sqrt()
         if self.horizon is not None:
             update = update * (1 - (1 - _LEAST) * ((steps[0] - 1) / self.horizon).clamp(max=1))
-        return update, torch.cat([after, means, square, of_means, of_square, steps])
+        return update, torch.cat([after, means, square, of_means * moving, of_square * moving, steps])
 
     @torch.no_grad()
     def step_(self, gradient: Tensor, state: Tensor) -> Tensor:
@@ -175,7 +183,7 @@ class RNNprop(UpdateRule):
 
     def _fused(self, library: Any, *, back: bool = False) -> FusedLSTM:
         """The compiled kernel with this rule's weights as they are now; `back` for the backward pass too."""
-        numbers = {"gain2": 1 - self.beta2, "eps": self.eps, "time": self.time}
+        numbers = {"gain2": 1 - self.beta2, "eps": self.eps, "time": self.time, "waits": self.wait_for_gradient}
         numbers |= {"warmup": self.warmup or 0, "decay": self.decay or 0, "horizon": self.horizon or 0}
         rule = FusedRule.of("moments", self.hidden_size, self.num_layers, self.output_scale, self._gains, **numbers)
         return FusedLSTM(library, rule, list(self.parameters()), back=back)

@@ -173,8 +173,14 @@ def make_baseline(**options):
 SIZES = "episodes_per_epoch num_val_tasks num_test_tasks eval_tasks num_workers num_steps num_tasks seed".split()
 IMAGES = "root batch_size download num_unseen".split()
 CONSTRUCTORS = {
-    RNNprop: ("hidden_size num_layers beta1 beta2 eps output_scale time decay horizon warmup".split(), use_rule),
-    CoordinatewiseLSTM: ("hidden_size num_layers preprocessing p output_scale forget_bias".split(), use_rule),
+    RNNprop: (
+        "hidden_size num_layers beta1 beta2 eps output_scale time decay horizon warmup wait_for_gradient".split(),
+        use_rule,
+    ),
+    CoordinatewiseLSTM: (
+        "hidden_size num_layers preprocessing p output_scale forget_bias wait_for_gradient".split(),
+        use_rule,
+    ),
     FirstOrder: ("memory memory_budget block".split(), leave),
     make_imitation: ("weight teacher schedule epochs".split(), leave),
     make_module: (
@@ -278,7 +284,7 @@ def test_baselines_are_found_or_told(given):
 def test_numbers_of_numpy_become_plain_ones():
     """Else a checkpoint would hold a class that `weights_only` does not load."""
     rule = CoordinatewiseLSTM(p=np.float64(9.0), preprocessing=np.str_("identity"))
-    assert [type(v) for v in describe(rule)["init_args"].values()] == [int, int, str, float, float, float]
+    assert [type(v) for v in describe(rule)["init_args"].values()] == [int, int, str, float, float, float, bool]
 
 
 @given(st.recursive(VALUES, lambda v: st.lists(v) | st.dictionaries(st.text(), v)), st.integers(10, 300))

@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_l2l import MLP, CoordinatewiseLSTM, MetaOptimizer, NetworkTask
+from lightning_l2l import MLP, CoordinatewiseLSTM, MetaOptimizer, NetworkTask, RNNprop
 from lightning_l2l.rules.describe import build_rule, describe
 
 
@@ -11,6 +11,13 @@ def test_a_rule_comes_back_as_it_was():
     twin = build_rule(describe(rule))
     assert describe(twin) == describe(rule)
     assert describe(rule)["init_args"]["forget_bias"] == 2.0
+
+
+@pytest.mark.parametrize("make", [CoordinatewiseLSTM, RNNprop])
+def test_a_description_from_before_an_argument_has_its_default(make):
+    description = describe(make(hidden_size=3))
+    assert description["init_args"].pop("wait_for_gradient") is True
+    assert build_rule(description).wait_for_gradient is True
 
 
 def test_a_task_is_described_with_its_network():

@@ -81,6 +81,45 @@ def test_generic_unroll_equals_autograd(rule, fed):
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
 
 
+def as_if_joined(rule, gradients, weights, first):
+    """By autograd, coordinates n of their own from step first[n] on: updates, states, gradients of the rule."""
+    rule = copy.deepcopy(rule)
+    rule.wait_for_gradient = False
+    updates, after = torch.zeros_like(gradients[:-1]), rule.init_state(N, dtype=gradients.dtype)
+    totals = [torch.zeros_like(p) for p in rule.parameters()]
+    has_clock = isinstance(rule, RNNprop) and rule.state_size % 2
+    if has_clock:  # it goes on from the start
+        after[-1] = T
+    for s in range(T):
+        one = first == s
+        state = rule.init_state(int(one.sum()), dtype=gradients.dtype)
+        if has_clock:
+            state[-1] = s
+        updates[s:, one], after[:, one], found = by_autograd(rule, gradients[s:, one], weights[s:], state)
+        totals = [total + part for total, part in zip(totals, found, strict=True)]
+    return updates, after, totals
+
+
+@pytest.mark.parametrize("waits", [True, False])
+def test_a_coordinate_waits_for_its_first_gradient(rule, fed, waits):
+    gradients, weights, _ = fed
+    first = torch.arange(N) % (T + 2)  # T: there is no update after the last gradient; T + 1: never
+    late = gradients.where(torch.arange(T + 1)[:, None] >= first, 0.0)
+    late[3, first < 3] = 0.0  # a zero that comes later is a gradient as any other
+    rule.wait_for_gradient = waits
+    state, low = rule.init_state(N, dtype=torch.float64), copy.deepcopy(rule).float()
+    found = [(1e-12, by_autograd(rule, late, weights, state))]
+    want = as_if_joined(rule, late, weights, first) if waits else found[0][1]
+    for memory, one, bound in (("fast", rule, 1e-12), ("flat", rule, 1e-12), ("auto", low, 1e-5)):
+        dtype, unroller = one.like.dtype, one.unroller(N, T, memory=memory, block=16)
+        unrolled(unroller, gradients.to(dtype), weights, state.to(dtype))  # its buffers serve again
+        found.append((bound, unrolled(unroller, late.to(dtype), weights, state.to(dtype))))
+    for bound, got in found:
+        for a, b in zip((*got[:2], *got[2]), (*want[:2], *want[2]), strict=True):
+            assert (a - b).norm() <= bound * b.norm()
+        assert not waits or (got[0][torch.arange(T)[:, None] < first] == 0).all()
+
+
 def test_gradients_are_not_changed(rule, fed):
     before = fed[0].clone()
     for memory in ("fast", "flat"):
@@ -165,6 +204,7 @@ def test_gradients_before_the_last_step_are_refused():
         ({"p": math.nan}, "p=nan"),
         ({"output_scale": 0.0}, "output_scale=0.0"),
         ({"preprocessing": "log"}, "log_and_sign, identity"),
+        ({"wait_for_gradient": 0}, "wait_for_gradient=0 is neither True nor False"),
     ],
 )
 def test_bad_arguments(arguments, message):

@@ -64,6 +64,7 @@ typedef struct {
   long kind;                 /* IDENTITY: the gradient; LOG_AND_SIGN: preprocessing.py; MOMENTS: rnnprop.py */
   long means;                /* of MOMENTS: running means of the gradient, at most MOST_MEANS */
   long time, warmup, decay, horizon; /* of MOMENTS: whether the time is a feature; see rnnprop.py, 0 for none */
+  long waits;                /* whether a coordinate waits for its first gradient other than 0 */
   float p, e_to_p;           /* of LOG_AND_SIGN */
   float gain1[MOST_MEANS], gain2, eps; /* of MOMENTS: 1 - beta; it has an input layer first, and a tanh at the end */
   float scale;               /* of the update */
@@ -89,9 +90,35 @@ static long memories(const Rule *rule) {
 /* The row with the number of steps, where there is one. */
 static float *clock_of(const Rule *rule, float *memory) { return memory + (2 * rule->means + 2) * TILE; }
 
+/* mask [TILE] of the coordinates that move: those with a gradient other than 0, and those that had one, of which what the
+ * weights in the mean of squares add up to tells, or the cells. Bits are looked at: as floats the least count as 0 here.
+ * Returns whether some may not move, which is rare and so may cost more. */
+INLINE int find_moving(const Rule *rule, const float *restrict gradient, const float *restrict memory,
+                       const float *restrict cells, float *restrict mask) {
+  int zeros = 0;
+  for (int k = 0; k < TILE; k++) zeros |= gradient[k] == 0.0f;
+  zeros &= rule->waits != 0;
+  long moments = rule->kind == MOMENTS, rows = !zeros ? 0 : moments ? 1 : rule->layers * rule->hidden;
+  const float *row = moments ? memory + (2 * rule->means + 1) * TILE : cells;
+  for (int v = 0; v < TILE; v += LANES) {
+    ivec bits = (ivec) * (const vec *)(gradient + v);
+    for (long k = 0; k < rows; k++) bits |= (ivec) * (const vec *)(row + k * TILE + v);
+    *(vec *)(mask + v) = (vec)(((bits & 0x7fffffff) != 0) | (zeros - 1));
+  }
+  return zeros;
+}
+
+/* Zeros in rows [rows, TILE] where a coordinate does not move. */
+static void hold(const float *restrict mask, long rows, float *restrict to) {
+  for (long k = 0; k < rows; k++, to += TILE)
+    for (int v = 0; v < TILE; v += LANES) *(vec *)(to + v) = only(*(const vec *)(mask + v), *(vec *)(to + v));
+}
+
 /* Features x [features, TILE] of gradients [TILE]; memory [memories, TILE] is the running means of g and that of g^2, what
- * the weights in each of them add up to, and the number of steps. */
-INLINE void preprocess(const Rule *rule, const float *restrict gradient, float *restrict memory, float *restrict x) {
+ * the weights in each of them add up to, and the number of steps. Where a coordinate does not move, the last alone
+ * changes. */
+INLINE void preprocess(const Rule *rule, const float *restrict gradient, const float *restrict mask,
+                       float *restrict memory, float *restrict x) {
   for (int v = 0; v < TILE; v += LANES) {
     vec g = *(const vec *)(gradient + v);
     if (rule->kind == LOG_AND_SIGN) {
@@ -111,6 +138,10 @@ INLINE void preprocess(const Rule *rule, const float *restrict gradient, float *
         *(vec *)(x + k * TILE + v) = *m / (*of_m * root);
       }
       *(vec *)(x + means * TILE + v) = g / root;
+      for (long k = 0; k <= means; k++) {
+        vec *of = (vec *)(memory + (means + 1 + k) * TILE + v);
+        *of = only(*(const vec *)(mask + v), *of);
+      }
       vec *steps = (vec *)(clock_of(rule, memory) + v);
       if (has_clock(rule)) *steps += 1.0f;
       if (rule->time) *(vec *)(x + (means + 1) * TILE + v) = 0.25f * log_abs(1.0f + *steps) - 1.0f;
@@ -302,9 +333,9 @@ INLINE vec bound(const Rule *rule, const float *restrict clock, int v, long more
 }
 
 /* inputs: rows x, h of the lowest layer, h of the next, ...; a layer reads what is below and its own h, which are
- * adjacent, and writes its own h: the next layer's input. */
-static void tile_step(const Rule *rule, const float *restrict weights, float *restrict inputs, float *restrict cells,
-                      float *restrict sums, const float *restrict clock, float *restrict update) {
+ * adjacent, and writes its own h: the next layer's input. mask: null where all coordinates move. */
+static void tile_step(const Rule *rule, const float *restrict weights, const float *restrict mask, float *restrict inputs,
+                      float *restrict cells, float *restrict sums, const float *restrict clock, float *restrict update) {
   long hidden = rule->hidden;
   for (long layer = 0; layer < rule->layers; layer++) {
     long below = layer ? hidden : of_gradient(rule);
@@ -312,6 +343,10 @@ static void tile_step(const Rule *rule, const float *restrict weights, float *re
     inputs += below * TILE;
     for (long j = 0; j < hidden; j++, cells += TILE)
       for (int v = 0; v < TILE; v += LANES) unit(sums + 4 * j * TILE + v, cells + v, inputs + j * TILE + v);
+    if (mask) {
+      hold(mask, hidden, inputs);
+      hold(mask, hidden, cells - hidden * TILE);
+    }
   }
   for (int v = 0; v < WIDE; v++) {
     vec sum = ALL(weights[0]);
@@ -319,10 +354,11 @@ static void tile_step(const Rule *rule, const float *restrict weights, float *re
     if (rule->kind == MOMENTS) sum = bound(rule, clock, v, 0) * tanh_of(sum);
     ((vec *)update)[v] = sum;
   }
+  if (mask) hold(mask, 1, update);
 }
 
 static long step_size(const Rule *rule) {
-  long rows = 1 + features(rule) + memories(rule) + of_gradient(rule);
+  long rows = 2 + features(rule) + memories(rule) + of_gradient(rule);
   return (rows + 2 * rule->layers * rule->hidden + 4 * rule->hidden + 1) * TILE;
 }
 
@@ -337,7 +373,8 @@ void lstm_step(const Rule *rule, long n, long stride, const float *restrict weig
 #pragma omp parallel num_threads(threads) if (count > 8)
   {
     unsigned mode = flush_denormals();
-    float *given = scratch + omp_get_thread_num() * size, *x = given + TILE, *memory = x + features(rule) * TILE;
+    float *given = scratch + omp_get_thread_num() * size, *mask = given + TILE, *x = mask + TILE;
+    float *memory = x + features(rule) * TILE;
     float *inputs = rule->kind == MOMENTS ? memory + memories(rule) * TILE : x, *h = inputs + of_gradient(rule) * TILE;
     float *cells = h + units * TILE, *sums = cells + units * TILE, *out = sums + 4 * hidden * TILE;
 #pragma omp for schedule(static)
@@ -347,9 +384,10 @@ void lstm_step(const Rule *rule, long n, long stride, const float *restrict weig
       load_row(given, gradient + at, m);
       for (long k = 0; k < memories(rule); k++) load_row(memory + k * TILE, remembered + k * stride, m);
       load(h, cells, state + at, stride, hidden, units, m);
-      preprocess(rule, given, memory, x);
+      int all = !find_moving(rule, given, memory, cells, mask);
+      preprocess(rule, given, mask, memory, x);
       if (rule->kind == MOMENTS) input_layer(rule, weights, x, inputs);
-      tile_step(rule, weights + layers_at(rule), inputs, cells, sums, clock_of(rule, memory), out);
+      tile_step(rule, weights + layers_at(rule), all ? 0 : mask, inputs, cells, sums, clock_of(rule, memory), out);
       for (long k = 0; k < memories(rule); k++) copy(remembered + k * stride, memory + k * TILE, m);
       for (long k = 0; k < units; k++) {
         float *row = state + (k + k / hidden * hidden) * stride + at;
@@ -371,13 +409,16 @@ typedef struct {
   float i[TILE], f[TILE], o[TILE], g[TILE], tau[TILE], cell_before[TILE];
 } Kept;
 
-/* As `unit`, but for what the way back needs. There a saturated gate's slope may meet a huge x: it has to vanish. */
-INLINE void kept_unit(const float *restrict sums, float *restrict cell, float *restrict hidden, Kept *kept) {
+/* As `unit`, but for what the way back needs. There a saturated gate's slope may meet a huge x: it has to vanish. Without
+ * i and tau no gradient comes to any of the four sums of a cell that was 0. */
+INLINE void kept_unit(const float *restrict sums, const float *restrict mask, float *restrict cell,
+                      float *restrict hidden, Kept *kept) {
   for (int v = 0; v < TILE; v += LANES) {
     const vec *s = (const vec *)(sums + v);
-    vec i = sigmoid(s[0]), f = sigmoid(s[WIDE]), o = sigmoid(s[2 * WIDE]), g = 2.0f * sigmoid(s[3 * WIDE]) - 1.0f;
+    vec moves = *(const vec *)(mask + v), i = only(moves, sigmoid(s[0])), f = sigmoid(s[WIDE]);
+    vec o = sigmoid(s[2 * WIDE]), g = 2.0f * sigmoid(s[3 * WIDE]) - 1.0f;
     vec before = *(vec *)(cell + v), c = f * before + i * g;
-    vec tau = tanh_of(c);
+    vec tau = only(moves, tanh_of(c));
     *(vec *)(kept->i + v) = i;
     *(vec *)(kept->f + v) = f;
     *(vec *)(kept->o + v) = o;
@@ -451,6 +492,7 @@ typedef struct {
   const Rule *rule;
   long steps, units;
   float *gradients; /* [steps + 1, TILE] */
+  float *moving;    /* [steps, TILE], masks */
   float *memory;    /* [memories, TILE] */
   float *seen;      /* [steps, features, TILE] */
   float *x;         /* [steps, of_gradient, TILE]: `seen`, or what the input layer makes of it */
@@ -473,7 +515,8 @@ static Tile lay_out(const Rule *rule, long steps, float *at) {
   long hidden = rule->hidden, input = rule->kind == MOMENTS;
   Tile t = {rule, steps, rule->layers * hidden};
   t.gradients = at;
-  t.memory = t.gradients + (steps + 1) * TILE;
+  t.moving = t.gradients + (steps + 1) * TILE;
+  t.memory = t.moving + steps * TILE;
   t.seen = t.memory + memories(rule) * TILE;
   t.x = input ? t.seen + steps * features(rule) * TILE : t.seen;
   t.states = t.x + steps * of_gradient(rule) * TILE;
@@ -495,7 +538,9 @@ static void tile_forward(const Tile *t, const float *weights) {
   for (long step = 0; step < t->steps; step++) {
     const float *w = weights + layers_at(rule);
     float *in = t->x + step * of_gradient(rule) * TILE, *seen = t->seen + step * features(rule) * TILE;
-    preprocess(rule, t->gradients + step * TILE, t->memory, seen);
+    float *mask = t->moving + step * TILE;
+    find_moving(rule, t->gradients + step * TILE, t->memory, t->cells, mask);
+    preprocess(rule, t->gradients + step * TILE, mask, t->memory, seen);
     if (rule->kind == MOMENTS) input_layer(rule, weights, seen, in);
     for (long layer = 0; layer < rule->layers; layer++) {
       const float *own = t->states + (step * t->units + layer * hidden) * TILE;
@@ -503,7 +548,8 @@ static void tile_forward(const Tile *t, const float *weights) {
       w = all_sums(hidden, 1, w, in, below(rule, layer), own, hidden, t->sums);
       for (long j = 0; j < hidden; j++) {
         long unit = layer * hidden + j;
-        kept_unit(t->sums + 4 * j * TILE, t->cells + unit * TILE, next + j * TILE, t->kept + step * t->units + unit);
+        Kept *kept = t->kept + step * t->units + unit;
+        kept_unit(t->sums + 4 * j * TILE, mask, t->cells + unit * TILE, next + j * TILE, kept);
       }
       in = next;
     }
@@ -516,7 +562,7 @@ static void readout_backward(const Tile *t, long step, const float *readout, con
   const float *top = t->states + ((step + 2) * t->units - hidden) * TILE;
   float *d = t->d_hidden + (t->units - hidden) * TILE;
   for (int v = 0; v < TILE; v += LANES) {
-    vec c = *(vec *)(cotangent + v);
+    vec c = only(*(vec *)(t->moving + step * TILE + v), *(vec *)(cotangent + v));
     if (t->rule->kind == MOMENTS) {
       vec sum = ALL(readout[0]);
       for (long j = 0; j < hidden; j++) sum += readout[1 + j] * *(vec *)(top + j * TILE + v);

@@ -39,7 +39,7 @@ class FusedRule(ctypes.Structure):
     _fields_ = (
         *(
             (name, ctypes.c_long)
-            for name in ("hidden", "layers", "kind", "means", "time", "warmup", "decay", "horizon")
+            for name in ("hidden", "layers", "kind", "means", "time", "warmup", "decay", "horizon", "waits")
         ),
         *((name, ctypes.c_float) for name in ("p", "e_to_p")),
         ("gain1", ctypes.c_float * MOST_MEANS),
@@ -52,8 +52,8 @@ class FusedRule(ctypes.Structure):
     ) -> FusedRule:
         """Hidden units, layers and factor on the update of a rule of this `kind`, which is among `KINDS`.
 
-        "log_and_sign" needs its `p`; "moments" needs `gain1`, 1 - beta of each mean, `gain2`, `eps`, `time`, and
-        `warmup`, `decay` and `horizon`, 0 for none.
+        All need `waits`, whether coordinates wait for a gradient other than 0; "log_and_sign" needs its `p`; "moments"
+        needs `gain1`, 1 - beta of each mean, `gain2`, `eps`, `time`, and `warmup`, `decay` and `horizon`, 0 for none.
         """
         if "p" in numbers:
             numbers["e_to_p"] = math.exp(numbers["p"])

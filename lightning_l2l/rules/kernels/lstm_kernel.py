@@ -13,6 +13,8 @@ LSTM is written in the form that costs least, features by rows and coordinates b
 
 * Backwards a wave needs the wave after it and nothing else, so all layers of a wave share each pointwise call.
   The gradients of all weights of a layer, bias and readout included, are one product.
+* A coordinate that waits for its first gradient has zeros in place of the ones, of x and of the cotangent. Then all
+  that a layer reads is 0: its h and cell stay 0, and it adds nothing to any gradient.
 
 Blocks of coordinates are independent of each other, so each is walked through with its buffers in the cache. On a CPU
 with a C compiler `fused` does all of this in its own way, with the same results up to rounding.
@@ -131,18 +133,21 @@ def unpack_gradients(
     return layers, (last[:, :h], last[:, h])
 
 
-def step_in_place(shape: LSTMShape, weights: PackedWeights, x: Tensor, state: Tensor) -> Tensor:
-    """One inner step and nothing kept: x `[input_size, size]`, state `[2 H num_layers, size]` -> update `[size]`."""
-    h = shape.hidden_size
+def step_in_place(shape: LSTMShape, weights: PackedWeights, x: Tensor, state: Tensor, moving: Tensor) -> Tensor:
+    """One inner step and nothing kept: x `[input_size, size]`, state `[2 H num_layers, size]` -> update `[size]`.
+
+    Where `moving` `[size]` is False, the cells have to be 0; they stay so, and the update is 0.
+    """
+    h, twice = shape.hidden_size, 2.0 * moving.to(x.dtype)
     gates = x.new_empty(4 * h, x.shape[1])
     i, f, o, g = gates.chunk(4)
     for weight, (hidden, cell) in zip(weights.forward, torch.unflatten(state, 0, (-1, 2, h)), strict=True):
         torch.addmm(weight[:, h : h + 1], weight[:, :h], hidden, out=gates)
         gates.addmm_(weight[:, h + 1 :], x).sigmoid_()
-        cell.mul_(f).addcmul_(i, g.mul_(2.0).sub_(1.0))
+        cell.mul_(f).addcmul_(i, g.sub_(0.5).mul_(twice))
         tau = torch.mul(cell, 2.0, out=g).sigmoid_().mul_(2.0).sub_(1.0)
         x = torch.mul(o, tau, out=hidden)
-    return torch.addmm(weights.readout[:, h:], weights.readout[:, :h], x)[0]
+    return torch.addmm(weights.readout[:, h:], weights.readout[:, :h], x)[0].mul_(moving)
 
 
 class Scratch:
@@ -216,6 +221,11 @@ class Block:
             for wave in (*range(layer), *range(num_steps + layer, waves)):
                 gates[wave, layer] = 0.0
                 cells[wave, layer] = 0.0
+        # The ones of all layers at a step: a wave and a layer on is always so many rows on.
+        rows, ones, on = inputs.flatten(0, 1), shape.row(0) + h, shape.num_rows - h - 1
+        starts = [s * shape.num_rows + ones for s in range(num_steps)]
+        self.ones = [rows[start : start + (layers - 1) * on + 1 : on] for start in starts]
+        self.moved = inputs[:num_steps, ones]
         self.x = [inputs[s, shape.row(-1) : shape.row(-1) + shape.input_size] for s in range(num_steps)]
         self.hidden = [
             [inputs[s + layer, shape.row(layer) : shape.row(layer) + h] for layer in range(layers)]
@@ -257,10 +267,15 @@ class Block:
             part[0].copy_(hidden)
             torch.mul(cell, 0.5, out=part[1])
 
-    def forward(self, step: int, x: Tensor, weights: PackedWeights, update: Tensor | None) -> None:
-        """Inner step `step`: from x `[input_size, size]` to `update` `[1, size]` (None: not needed)."""
+    def forward(self, step: int, x: Tensor, moving: Tensor, weights: PackedWeights, update: Tensor | None) -> None:
+        """Inner step `step`: from x `[input_size, size]` to `update` `[1, size]` (None: not needed).
+
+        Where `moving` `[size]` is False, h and cells have to be 0; they stay so, and the update is 0.
+        """
         gates, minus_one = self.scratch.gates, self.scratch.minus_one
-        self.x[step].copy_(x)
+        torch.mul(x, moving, out=self.x[step])
+        self.ones[step].copy_(moving)
+        self.readout[step][-1].copy_(moving)  # the ones of the next step, which may be more
         for weight, v in zip(weights.forward, self.steps[step], strict=True):
             torch.mm(weight, v.inputs, out=gates)
             torch.sigmoid(gates, out=v.gates)
@@ -282,6 +297,7 @@ class Block:
             gradients: As `LSTMShape.zero_gradients` makes them and `unpack_gradients` reads them.
         """
         s, h, top = self.scratch, self.shape.hidden_size, self.shape.num_layers - 1
+        cotangents = cotangents.where(self.moved != 0, 0.0)
         s.d_hidden.zero_()
         s.d_carry.zero_()
         torch.mm(weights.readout[:, :h].t(), cotangents[-1:], out=s.d_hidden[top])

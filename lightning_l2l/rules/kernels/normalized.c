@@ -70,8 +70,6 @@ INLINE float sum_of(vec x) {
   return sum;
 }
 
-INLINE vec where(ivec yes, vec x) { return (vec)(yes & (ivec)x); }
-
 /* 1 / x for x from 1e-37 to 1e37, to 2e-7: one step of Newton's after a first approximation costs less than a division. */
 INLINE vec inverse_of(vec x) {
 #if defined __AVX512F__
@@ -164,13 +162,13 @@ INLINE void see(const long means, const Rule *rule, const Tensor *t, const Task 
   }
   for (int v = 0; v < TILE; v += LANES, x += LANES) {
     vec g = *(vec *)(tile->g + v), square = *(vec *)(tile->v + v) * task->unbias2;
-    ivec moved = square != 0.0f;
+    vec moved = (vec)(square != 0.0f);
     vec inverse = inverse_of(square_root(square) + rule->eps);
     *(vec *)(x) = g;
     *(vec *)(x + TILE) = clamped(g, rule->clip);
-    *(vec *)(x + 2 * TILE) = where(moved, *(vec *)(tile->theta + v));
+    *(vec *)(x + 2 * TILE) = only(moved, *(vec *)(tile->theta + v));
     *(vec *)(x + 3 * TILE) = square;
-    *(vec *)(x + 4 * TILE) = where(moved, inverse);
+    *(vec *)(x + 4 * TILE) = only(moved, inverse);
     *(vec *)(x + 5 * TILE) = g * inverse;
     for (long k = 0; k < means; k++) {
       vec mean = *(vec *)(tile->m + k * TILE + v) * task->unbias1[k];
@@ -245,7 +243,7 @@ INLINE void remember(const long means, const Rule *rule, const Tensor *t, const 
       for (int v = 0; v < TILE; v += LANES) {
         vec square = *(vec *)(tile.v + v) * task->unbias2;
         vec x = *(vec *)(tile.m + v) * task->unbias1[0] / (square_root(square) + rule->eps);
-        x = where(square != 0.0f, x);
+        x = only((vec)(square != 0.0f), x);
         *(vec *)(tile.x + v) = x;
         squares[0] += x * x;
       }
@@ -344,7 +342,7 @@ INLINE void add_factors(const Tensor *t, const Task *task, const Tile *tile, lon
     for (long j = 0; j < wide; j++)
       for (int v = 0; v < TILE; v += LANES)
         *(vec *)(h + j * TILE + v) +=
-            where(*(vec *)(tile->v + v) != 0.0f,
+            only((vec)(*(vec *)(tile->v + v) != 0.0f),
                   task->by_row[j * t->rows + tile->r] +
                       (vec) * (const unaligned *)(task->by_column + j * t->columns + tile->c + v));
     return;
@@ -389,7 +387,7 @@ INLINE void correct(const long means, const Rule *rule, const Tensor *t, const T
       vec out = ALL(w->readout_bias[0]);
       for (long j = 0; j < hidden; j++) out += w->readout[j] * *(vec *)(above + j * TILE + v);
       out += *(vec *)(tile.x + (6 + means) * TILE + v) * task->whole;
-      out = where(*(vec *)(tile.v + v) * task->unbias2 != 0.0f, out);
+      out = only((vec)(*(vec *)(tile.v + v) * task->unbias2 != 0.0f), out);
       *(vec *)(tile.x + v) = out;
       squares += out * out;
       if (rule->outputs > 1) {
@@ -538,7 +536,7 @@ void normalized_update(const Tensor *t, long normalized, const float *restrict s
           vec sum = {0};
           long k = first, end = min_of(n, first + RUN * LANES);
           for (; k + LANES <= end; k += LANES) {
-            vec one = where((vec) * (const unaligned *)(squares + at + k) != 0.0f, (vec) * (unaligned *)(x + k));
+            vec one = only((vec)((vec) * (const unaligned *)(squares + at + k) != 0.0f), (vec) * (unaligned *)(x + k));
             *(unaligned *)(x + k) = one;
             sum += one * one;
           }

@@ -95,6 +95,9 @@ INLINE vec square_root(vec x) {
 #endif
 }
 
+/* x where `mask` has all bits set, 0 where it has none. */
+INLINE vec only(vec mask, vec x) { return (vec)((ivec)mask & (ivec)x); }
+
 /* For some units, sums[r] = start[r] + sum over k of weights[k][r] * row k for each of a unit's four r: the rows first of
  * `a`, then of `b`, and the start the first four weights if there is one. A sum is never stored before it is complete. */
 INLINE void sums_of(const int units, const int start, const float *restrict weights, long stride, const float *restrict a,
