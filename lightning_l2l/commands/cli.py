@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shlex
+import sys
 import warnings
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -23,7 +24,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 import lightning_l2l
-from lightning_l2l.commands.errors import COMMANDS, PROG, OneLineParser, find_foreseen
+from lightning_l2l.commands.errors import COMMANDS, DESCRIPTION, PROG, OneLineParser, find_foreseen
 from lightning_l2l.commands.imports import import_modules
 from lightning_l2l.evaluation.learning_curves import LearningCurves
 from lightning_l2l.meta.hyperparameters import as_of_now
@@ -39,8 +40,6 @@ from lightning_l2l.runs.loggers import RUNS, NoLogger, RunLogger, folders_of_log
 from lightning_l2l.runs.resume import NEWEST, check_resumable, folders_in, newest_last, requeued, run_of
 from lightning_l2l.runs.trainer import has_folder, log_folder, run_folder, shown, writes
 from lightning_l2l.tasks import Task
-
-DESCRIPTION = "Learning to learn by gradient descent by gradient descent."
 
 #: What `fit` does without arguments; configs/quadratic.yaml is the same with comments, and trains for longer.
 DEFAULTS: dict[str, Any] = {
@@ -88,6 +87,16 @@ class CLI(LightningCLI):
     _resume_into: Path | None = None  # the folder of the run that goes on
     _own_checkpoints: Sequence[Path] = ()  # folders of its checkpoints
     _steps_done = 0  # outer steps of that run
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self._words = sys.argv[1:] if kwargs.get("args") is None else kwargs["args"]
+        super().__init__(*args, **kwargs)
+
+    def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
+        """Where a command comes first, no other's arguments are looked up: that is most of the time before it runs."""
+        first = self._words[0] if isinstance(self._words, list) and self._words else subcommand
+        other = first in self.subcommands() and first != subcommand
+        return self.init_parser(**kwargs) if other else super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
 
     def _add_subcommands(self, parser: LightningArgumentParser, **kwargs: Any) -> None:
         """All commands, each with a line of ours; those that Lightning does not run are here for `--help` alone."""

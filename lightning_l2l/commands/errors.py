@@ -25,6 +25,7 @@ from lightning_l2l.rules.describe import subclasses_of
 from lightning_l2l.tasks import Task
 
 PROG = "python -m lightning_l2l"
+DESCRIPTION = "Learning to learn by gradient descent by gradient descent."
 #: What each command does, for `--help`.
 COMMANDS = {
     "fit": "meta-train a rule; without arguments an LSTM on random quadratics",

@@ -1,5 +1,7 @@
 """The program as a whole: its commands, its help, and modules of one's own."""
 
+import csv
+import importlib
 import os
 import re
 import subprocess
@@ -11,6 +13,8 @@ import pytest
 from commandline import ROOT, TINY, TINY_FIT
 from lightning_l2l import __version__, load_rule, main
 from lightning_l2l.commands.errors import COMMANDS
+from lightning_l2l.rules.files import save_rule
+from processes import start
 
 MINE = '''
 import torch
@@ -134,17 +138,16 @@ def test_a_module_that_lacks_another_says_which():
 def test_classes_of_ones_own_work_with_every_command(in_tmp_path):
     """Each command in a process of its own, where nothing but the command line can have imported them."""
     Path("mine.py").write_text(MINE)
-    fit = program("fit", *OWN)
-    assert fit.returncode == 0, fit.stderr
     config, best = "lightning_logs/version_0/config.yaml", "lightning_logs/version_0/checkpoints/best.ckpt"
     for arguments in (
+        ["fit", *OWN],
         ["test", "--config", config, "--ckpt_path", best],
         ["test", "--import", "mine", *OWN[2:3], "--ckpt_path=last", *(f for f in TINY if "model" not in f)],
         ["export", "--import", "mine", "--ckpt_path", "last", "--output", "momentum.npz"],
         ["sweep", "--over", "model.lr=0.01,0.1", "fit", *OWN, "--curves.baselines=[]"],
     ):
-        done = program(*arguments)
-        assert done.returncode == 0, done.stderr
+        command = start(Path.cwd(), *arguments)
+        assert command.end() == 0, command.told
     assert "mine" not in sys.modules
     for refused in (["export", "--ckpt_path", "last", "--output", "other.npz"], ["test", "--ckpt_path", "last"]):
         with pytest.raises(ValueError, match=r"'mine\.Momentum' is not known; import its module first \(--import mine"):
@@ -153,19 +156,20 @@ def test_classes_of_ones_own_work_with_every_command(in_tmp_path):
         load_rule("momentum.npz")
 
 
-def test_a_map_of_a_rule_of_ones_own(in_tmp_path, mnist_root):
-    """In two processes beside the command's own, which have to import the rule as well."""
-    Path("mine.py").write_text(MINE)
-    code = (
-        "import mine; from pathlib import Path; from lightning_l2l.rules.files import save_rule; "
-        "save_rule(mine.Momentum(), Path('momentum.npz'))"
-    )
-    made = program(module=("-c", code))
-    assert made.returncode == 0, made.stderr
-    page = ["--small", "--only", "Quadratics", "--root", str(mnist_root), "--jobs", "2"]
-    done = program("map", "momentum.npz", "--import", "mine", *page)
-    assert done.returncode == 0, done.stderr
-    assert "momentum: wins" in done.stdout and Path("map/version_0/momentum.png").is_file()
+def test_a_map_of_a_rule_of_ones_own_in_several_processes(in_tmp_path, monkeypatch, capsys):
+    """Those beside the command's own have to import the rule as well, and do what it does alone."""
+    Path("mine_for_maps.py").write_text(MINE)
+    monkeypatch.syspath_prepend(str(Path.cwd()))
+    monkeypatch.setenv("PYTHONPATH", str(Path.cwd()), prepend=os.pathsep)
+    save_rule(importlib.import_module("mine_for_maps").Momentum(), Path("momentum.npz"))
+    page = ["map", "momentum.npz", "--import", "mine_for_maps", "--small", "--only", "Quadratics"]
+    main(page)
+    main([*page, "--jobs", "2"])
+    assert capsys.readouterr().out.count("momentum: wins") == 2 and Path("map/version_0/momentum.png").is_file()
+    one, other = (list(csv.DictReader(Path(f"map/version_{k}/map.csv").read_text().splitlines())) for k in (0, 1))
+    for row in (*one, *other):
+        assert float(row.pop("share_of_seconds")) > 0  # depends on the clock
+    assert one == other and len(one) == 4
 
 
 def test_a_console_script_finds_modules_of_its_folder(in_tmp_path):

@@ -86,10 +86,9 @@ def test_the_summary_counts_verdicts_and_compares_with_adam():
     assert told.endswith(f"{below} 0 of 1, median share of the steps: never")
 
 
-@pytest.mark.parametrize("small", [True, False])
-def test_every_cell_is_a_command_that_the_parser_takes(small, tmp_path, capsys):
+def test_every_cell_is_a_command_that_the_parser_takes(tmp_path, capsys):
     assert len(pages(tmp_path)) == 6
-    for page in pages(tmp_path, small=small):
+    for page in pages(tmp_path):
         lines, columns = list(page.down.values.values()), list(page.across.values.values())
         for down, across in [*((line, columns[0]) for line in lines), *((lines[-1], column) for column in columns)]:
             flags = [*page.flags, *down, *across]
@@ -212,12 +211,6 @@ def test_the_command_runs_every_cell_and_goes_on_where_it_was_stopped(capsys):
     again = [row for row in read(folder / "map.csv") if row["rule"] == "own"]
     assert [row["learned"] == before["learned"] for row, before in zip(again, rows[1::2], strict=True)] == [False] * 4
     assert [path.read_text().count("Tuned in") for path in sorted((folder / "runs").glob("*/log"))] == logs
-
-
-def test_cells_run_side_by_side_as_they_do_one_after_the_other():
-    command = ["quadratic", "--small", "--only", "Quadratics"]
-    assert main(command) == main([*command, "--jobs", "2"]) == 0
-    assert read_map(Path("map/version_1")) == read_map(Path("map/version_0"))
 
 
 def test_baselines_are_given_by_name_and_are_the_same_when_the_map_goes_on(monkeypatch, capsys):

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from commandline import ROOT, TINY, TINY_FIT, mnist, shell
+from commandline import ROOT, TINY, TINY_FIT, mnist
 from lightning_l2l import (
     CoordinatewiseLSTM,
     LearnedOptimizer,
@@ -25,6 +25,7 @@ from lightning_l2l.commands import sweep
 from lightning_l2l.commands.errors import PROG, find_foreseen, in_one_line
 from lightning_l2l.evaluation.rollout import rollout
 from lightning_l2l.rules.files import save_rule
+from processes import start
 
 pytestmark = pytest.mark.usefixtures("in_tmp_path")
 
@@ -350,9 +351,9 @@ ON_THE_SHELL = [PARSER["misspelt option"], RAISED["another rule"], RAISED["no su
 @pytest.mark.parametrize("case", ON_THE_SHELL)
 def test_the_shell_sees_that_line_and_no_traceback(case, prepared):
     arguments, told = case
-    process = shell(*arguments)
-    _, error = process.communicate(timeout=120)
-    assert process.returncode in (1, 2)
+    command = start(Path.cwd(), *arguments)
+    assert command.end() in (1, 2)
+    error = command.told
     assert "Traceback" not in error
     assert told in error.split("error: ")[1] and error.splitlines()[-1].startswith("error: ")
 
