@@ -275,7 +275,7 @@ def test_step_of_rules_that_see_tensors(benchmark, orthogonalize, size, capsys):
     learned, learned_bytes = stepper(normalized(), size, orthogonalize)
     setup, others = in_turn({name: stepper(make, size, orthogonalize)[0] for name, make in makers.items()})
     benchmark.group = "a step of NormalizedMLP"
-    rounds = 3 if orthogonalize else max(9, min(100, 10**8 // size))
+    rounds = max(1, 3 * 10**6 // size) if orthogonalize else max(9, min(100, 10**8 // size))
     benchmark.pedantic(learned, setup=setup, rounds=rounds)
     ns = {name: statistics.median(seconds) / size * 1e9 for name, seconds in others.items()}
     ns["learned"] = benchmark.stats.stats.median / size * 1e9

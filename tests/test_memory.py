@@ -65,12 +65,15 @@ def hidden_units(coordinates):
     return round((coordinates - 10) / 795)
 
 
-@pytest.mark.parametrize("fused", ["1", pytest.param("0", marks=pytest.mark.slow)], ids=["compiled", "plain"])
-def test_twenty_steps_of_a_million_coordinates_stay_within_2_GB(fused):
-    found = measured(UNROLL, hidden_units(1e6), 20, 2**30, 1, LIGHTNING_L2L_FUSED=fused)
-    assert found["coordinates"] > 1e6
+@pytest.mark.parametrize(
+    "fused, coordinates", [("1", 1e6), pytest.param("0", 2e5, marks=pytest.mark.slow)], ids=["compiled", "plain"]
+)
+def test_twenty_steps_of_a_million_coordinates_stay_within_2_GB(fused, coordinates):
+    """Where torch's operators do the work, which takes longer, fewer coordinates in proportion."""
+    found = measured(UNROLL, hidden_units(coordinates), 20, 2**30, 1, LIGHTNING_L2L_FUSED=fused)
+    assert found["coordinates"] > 0.99 * coordinates
     # Kept, the activations alone would take more than 20 GB. The state is there twice, before the unroll and after.
-    assert 2 * 4 * 80 * found["coordinates"] < found["bytes"] < 2e9
+    assert 2 * 4 * 80 < found["bytes"] / found["coordinates"] < 2e3
 
 
 @pytest.mark.slow
@@ -115,7 +118,8 @@ class Watch(Callback):
     def on_train_epoch_start(self, trainer, module):
         gc.collect()
         after.append(status("VmRSS"))
-sizes = ["--data.num_tasks=2", "--data.num_val_tasks=8", "--model.num_steps=20", "--model.rule.hidden_size=3"]
+sizes = ["--data.num_tasks=2", "--data.num_val_tasks=8", "--model.rule.hidden_size=3"]
+sizes += ["--model.num_steps=5", "--model.unroll_length=5"]
 run = ["--data.episodes_per_epoch=100", "--trainer.max_epochs=21", "--trainer.accelerator=cpu"]
 main(["fit", *sizes, *run, "--trainer.callbacks=__main__.Watch", "--trainer.enable_progress_bar=false"])
 print(json.dumps(after))
