@@ -127,12 +127,17 @@ static void follow(const Rule *rule, const Tensor *t, const Task *task, float *r
 
 /* ---- What the MLP sees ---- */
 
-/* A tile of coordinates, from row r and column c on. */
+/* A tile of coordinates, from row r and column c on: where gradient, theta and the running means are. */
 typedef struct {
   long at, n, r, c;
-  float g[TILE], theta[TILE], v[TILE], m[MOST_MEANS * TILE];
-  float x[MOST_OWN * TILE];
+  const float *gradient, *theta;
+  float *square, *means[MOST_MEANS];
+  float x[MOST_OWN * TILE] __attribute__((aligned(64)));
+  float room[(3 + MOST_MEANS) * TILE]; /* for those of a tile that is not full */
 } Tile;
+
+INLINE vec load(const float *from) { return (vec) * (const unaligned *)from; }
+INLINE void store(float *to, vec x) { *(unaligned *)to = (unaligned)x; }
 
 /* Calls `RUN_OF(i, r, c, n)` for each run of a tile's coordinates, from the i-th on, that lie in one row. */
 #define EACH_RUN(t, tile, RUN_OF)                                                             \
@@ -142,17 +147,16 @@ typedef struct {
     i_ += n_;                                                                                  \
   }
 
-/* x [inputs, TILE]: gradient, clipped, theta, square, inverse, ratio, means, mean_ratios, factored, factored_means. */
-INLINE void see(const long means, const Rule *rule, const Tensor *t, const Task *task, Tile *tile) {
+/* x [inputs, TILE]: gradient, clipped, theta, square, inverse, ratio, means, mean_ratios, factored, factored_means. With
+ * `squares` theirs are added there instead. */
+INLINE void see(const long means, const Rule *rule, const Tensor *t, const Task *task, Tile *tile, vec *squares) {
   long both = t->rows + t->columns;
-  float *x = tile->x;
   float roots[MOST_MEANS * TILE] __attribute__((aligned(64)));
   const float *of_rows = task->factors.root, *of_columns = of_rows + t->rows;
   if (t->rows && tile->c + TILE <= t->columns) {
     for (long k = 0; k < means; k++)
       for (int v = 0; v < TILE; v += LANES)
-        *(vec *)(roots + k * TILE + v) =
-            of_rows[k * both + tile->r] * (vec) * (const unaligned *)(of_columns + k * both + tile->c + v);
+        *(vec *)(roots + k * TILE + v) = of_rows[k * both + tile->r] * load(of_columns + k * both + tile->c + v);
   } else if (t->rows) {
     memset(roots, 0, sizeof roots);
 #define ROOTS(i, r, c, n)            \
@@ -160,24 +164,31 @@ INLINE void see(const long means, const Rule *rule, const Tensor *t, const Task 
     for (long j = 0; j < n; j++) roots[k * TILE + i + j] = of_rows[k * both + r] * of_columns[k * both + c + j]
     EACH_RUN(t, tile, ROOTS)
   }
-  for (int v = 0; v < TILE; v += LANES, x += LANES) {
-    vec g = *(vec *)(tile->g + v), square = *(vec *)(tile->v + v) * task->unbias2;
-    vec moved = (vec)(square != 0.0f);
-    vec inverse = inverse_of(square_root(square) + rule->eps);
-    *(vec *)(x) = g;
-    *(vec *)(x + TILE) = clamped(g, rule->clip);
-    *(vec *)(x + 2 * TILE) = only(moved, *(vec *)(tile->theta + v));
-    *(vec *)(x + 3 * TILE) = square;
-    *(vec *)(x + 4 * TILE) = only(moved, inverse);
-    *(vec *)(x + 5 * TILE) = g * inverse;
+#define PUT(k, value)                            \
+  do {                                           \
+    vec value_ = value;                          \
+    if (squares)                                 \
+      squares[k] += value_ * value_;             \
+    else                                         \
+      *(vec *)(tile->x + (k)*TILE + v) = value_; \
+  } while (0)
+  for (int v = 0; v < TILE; v += LANES) {
+    vec g = clamped(load(tile->gradient + v), rule->largest), square = load(tile->square + v) * task->unbias2;
+    vec moved = (vec)(square != 0.0f), inverse = inverse_of(square_root(square) + rule->eps);
+    PUT(0, g);
+    PUT(1, clamped(g, rule->clip));
+    PUT(2, only(moved, load(tile->theta + v)));
+    PUT(3, square);
+    PUT(4, only(moved, inverse));
+    PUT(5, g * inverse);
     for (long k = 0; k < means; k++) {
-      vec mean = *(vec *)(tile->m + k * TILE + v) * task->unbias1[k];
-      *(vec *)(x + (6 + k) * TILE) = mean;
-      *(vec *)(x + (6 + means + k) * TILE) = mean * inverse;
+      vec mean = load(tile->means[k] + v) * task->unbias1[k];
+      PUT(6 + k, mean);
+      PUT(6 + means + k, mean * inverse);
       if (t->rows) {
         vec factor = inverse_of(*(vec *)(roots + k * TILE + v) + rule->eps);
-        *(vec *)(x + (6 + 2 * means + k) * TILE) = g * factor;
-        *(vec *)(x + (6 + 3 * means + k) * TILE) = mean * factor;
+        PUT(6 + 2 * means + k, g * factor);
+        PUT(6 + 3 * means + k, mean * factor);
       }
     }
   }
@@ -196,9 +207,21 @@ INLINE void go_to(const Tensor *t, Tile *tile, long at, long end) {
   tile->at = at;
 }
 
-INLINE void take(float *restrict to, const float *restrict from, long n) {
-  if (n < TILE) memset(to, 0, TILE * sizeof(float));
-  copy(to, from, n);
+INLINE const float *there(float *room, const float *from, long n) {
+  if (n == TILE) return from;
+  memset(room, 0, TILE * sizeof(float));
+  copy(room, from, n);
+  return room;
+}
+
+/* Where the coordinates of a tile are, which is there already: in place, or with zeros behind them. */
+INLINE void find(const long means, const Tensor *t, long of, Tile *tile) {
+  long at = of * t->size + tile->at, stride = t->tasks * t->size;
+  tile->gradient = there(tile->room, t->gradient + at, tile->n);
+  tile->theta = there(tile->room + TILE, t->theta + at, tile->n);
+  tile->square = (float *)there(tile->room + 2 * TILE, t->state + means * stride + at, tile->n);
+  for (long k = 0; k < means; k++)
+    tile->means[k] = (float *)there(tile->room + (3 + k) * TILE, t->state + k * stride + at, tile->n);
 }
 
 /* ---- The running means, and the sums of squares of all that the MLP sees ---- */
@@ -211,38 +234,31 @@ INLINE void remember(const long means, const Rule *rule, const Tensor *t, const 
   vec squares[MOST_OWN] = {{0}}, count = {0};
   Tile tile = {.at = 0};
   memset(sums, 0, (inputs + 1) * sizeof(double));
-  const float *g = t->gradient + of * t->size, *theta = t->theta + of * t->size;
   float *direction = t->direction + of * t->size, *state = t->state + of * t->size;
   long at = block * BLOCK, stride = t->tasks * t->size;
   for (long tiles = 1; at < end; at += TILE, tiles++) {
     go_to(t, &tile, at, end);
-    take(tile.g, g + at, tile.n);
-    take(tile.v, state + means * stride + at, tile.n);
-    for (long k = 0; k < means; k++) take(tile.m + k * TILE, state + k * stride + at, tile.n);
+    find(means, t, of, &tile);
     for (int v = 0; v < TILE; v += LANES) {
-      vec x = clamped(*(vec *)(tile.g + v), rule->largest), *square = (vec *)(tile.v + v);
-      *(vec *)(tile.g + v) = x;
-      *square += rule->gain2 * (x * x - *square);
+      vec x = clamped(load(tile.gradient + v), rule->largest), square = load(tile.square + v);
+      square += rule->gain2 * (x * x - square);
+      store(tile.square + v, square);
       for (long k = 0; k < means; k++) {
-        vec *mean = (vec *)(tile.m + k * TILE + v);
-        *mean += rule->gain1[k] * (x - *mean);
+        vec mean = load(tile.means[k] + v);
+        store(tile.means[k] + v, mean + rule->gain1[k] * (x - mean));
       }
-      count -= __builtin_convertvector((ivec)(*square * task->unbias2 != 0.0f), vec);
+      count -= __builtin_convertvector((ivec)(square * task->unbias2 != 0.0f), vec);
     }
-    copy(state + means * stride + at, tile.v, tile.n);
-    for (long k = 0; k < means; k++) copy(state + k * stride + at, tile.m + k * TILE, tile.n);
-    if (rule->hidden) {
-      take(tile.theta, theta + at, tile.n);
-      see(means, rule, t, task, &tile);
-      for (long k = 0; k < inputs; k++)
-        for (int v = 0; v < TILE; v += LANES) {
-          vec x = *(vec *)(tile.x + k * TILE + v);
-          squares[k] += x * x;
-        }
-    } else {
+    if (tile.n < TILE) {
+      copy(state + means * stride + at, tile.square, tile.n);
+      for (long k = 0; k < means; k++) copy(state + k * stride + at, tile.means[k], tile.n);
+    }
+    if (rule->hidden)
+      see(means, rule, t, task, &tile, squares);
+    else {
       for (int v = 0; v < TILE; v += LANES) {
-        vec square = *(vec *)(tile.v + v) * task->unbias2;
-        vec x = *(vec *)(tile.m + v) * task->unbias1[0] / (square_root(square) + rule->eps);
+        vec square = load(tile.square + v) * task->unbias2;
+        vec x = load(tile.means[0] + v) * task->unbias1[0] / (square_root(square) + rule->eps);
         x = only((vec)(square != 0.0f), x);
         *(vec *)(tile.x + v) = x;
         squares[0] += x * x;
@@ -342,7 +358,7 @@ INLINE void add_factors(const Tensor *t, const Task *task, const Tile *tile, lon
     for (long j = 0; j < wide; j++)
       for (int v = 0; v < TILE; v += LANES)
         *(vec *)(h + j * TILE + v) +=
-            only((vec)(*(vec *)(tile->v + v) != 0.0f),
+            only((vec)(load(tile->square + v) != 0.0f),
                   task->by_row[j * t->rows + tile->r] +
                       (vec) * (const unaligned *)(task->by_column + j * t->columns + tile->c + v));
     return;
@@ -350,7 +366,7 @@ INLINE void add_factors(const Tensor *t, const Task *task, const Tile *tile, lon
 #define ADD(i, r, c, n)                 \
   for (long j = 0; j < wide; j++)       \
     for (long k = 0; k < n; k++)        \
-      if (tile->v[i + k] != 0.0f) h[j * TILE + i + k] += task->by_row[j * t->rows + r] + task->by_column[j * t->columns + c + k]
+      if (tile->square[i + k] != 0.0f) h[j * TILE + i + k] += task->by_row[j * t->rows + r] + task->by_column[j * t->columns + c + k]
   EACH_RUN(t, tile, ADD)
 }
 
@@ -364,20 +380,15 @@ INLINE void correct(const long means, const Rule *rule, const Tensor *t, const T
                     float *restrict h, double *restrict sums) {
   const Weights *w = &rule->weights;
   long inputs = inputs_of(rule, t), hidden = rule->hidden, units = padded(hidden, 4) / 4;
-  long end = min_of((block + 1) * BLOCK, t->size), at = block * BLOCK, stride = t->tasks * t->size;
-  const float *g = t->gradient + of * t->size, *theta = t->theta + of * t->size, *state = t->state + of * t->size;
+  long end = min_of((block + 1) * BLOCK, t->size), at = block * BLOCK;
   float *direction = t->direction + of * t->size, *above = h + 4 * units * TILE;
   Tile tile = {.at = 0};
   sums[0] = sums[1] = 0.0;
   vec squares = {0}, second = {0};
   for (long tiles = 1; at < end; at += TILE, tiles++) {
     go_to(t, &tile, at, end);
-    take(tile.g, g + at, tile.n);
-    take(tile.theta, theta + at, tile.n);
-    take(tile.v, state + means * stride + at, tile.n);
-    for (long k = 0; k < means; k++) take(tile.m + k * TILE, state + k * stride + at, tile.n);
-    for (int v = 0; v < TILE; v += LANES) *(vec *)(tile.g + v) = clamped(*(vec *)(tile.g + v), rule->largest);
-    see(means, rule, t, task, &tile);
+    find(means, t, of, &tile);
+    see(means, rule, t, task, &tile, 0);
     all_sums(units, 1, task->first, tile.x, inputs, 0, 0, h);
     if (t->rows) add_factors(t, task, &tile, 4 * units, h);
     relu(h, 4 * units);
@@ -387,7 +398,7 @@ INLINE void correct(const long means, const Rule *rule, const Tensor *t, const T
       vec out = ALL(w->readout_bias[0]);
       for (long j = 0; j < hidden; j++) out += w->readout[j] * *(vec *)(above + j * TILE + v);
       out += *(vec *)(tile.x + (6 + means) * TILE + v) * task->whole;
-      out = only((vec)(*(vec *)(tile.v + v) * task->unbias2 != 0.0f), out);
+      out = only((vec)(load(tile.square + v) * task->unbias2 != 0.0f), out);
       *(vec *)(tile.x + v) = out;
       squares += out * out;
       if (rule->outputs > 1) {
