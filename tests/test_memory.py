@@ -118,8 +118,7 @@ class Watch(Callback):
     def on_train_epoch_start(self, trainer, module):
         gc.collect()
         after.append(status("VmRSS"))
-sizes = ["--data.num_tasks=2", "--data.num_val_tasks=8", "--model.rule.hidden_size=3"]
-sizes += ["--model.num_steps=5", "--model.unroll_length=5"]
+sizes = ["--data.num_tasks=8", "--data.num_val_tasks=8", "--model.num_steps=20", "--model.rule.hidden_size=8"]
 run = ["--data.episodes_per_epoch=100", "--trainer.max_epochs=21", "--trainer.accelerator=cpu"]
 main(["fit", *sizes, *run, "--trainer.callbacks=__main__.Watch", "--trainer.enable_progress_bar=false"])
 print(json.dumps(after))
