@@ -30,7 +30,7 @@ typedef struct {
 
 /* One tensor of each task. */
 typedef struct {
-  long tasks, means, size, rows, columns; /* coordinates of a task; 0 rows: no matrix, or the rule does not mind */
+  long tasks, size, rows, columns; /* coordinates of a task; 0 rows: no matrix, or the rule does not mind */
   const float *gradient, *theta;   /* [tasks, size] */
   float *state;                    /* [means + 1, tasks, size]: running means of the gradient, and that of its square */
   float *vector;                   /* [tasks, 1 + means * (rows + columns)]: steps, then for each beta rows and columns */
@@ -70,6 +70,15 @@ INLINE float sum_of(vec x) {
   return sum;
 }
 
+INLINE vec load(const float *from) { return (vec) * (const unaligned *)from; }
+INLINE void store(float *to, vec x) { *(unaligned *)to = (unaligned)x; }
+
+/* Of squares with this sum. */
+INLINE float root_mean(double sum, double count) {
+  float square = (float)(sum / count);
+  return __builtin_sqrtf(square < TINY ? TINY : square);
+}
+
 /* 1 / x for x from 1e-37 to 1e37, to 2e-7: one step of Newton's after a first approximation costs less than a division. */
 INLINE vec inverse_of(vec x) {
 #if defined __AVX512F__
@@ -92,9 +101,9 @@ static void add_squares(const Rule *rule, const float *restrict g, long rows, lo
     vec sum = {0};
     long c = 0;
     for (; c + LANES <= columns; c += LANES) {
-      vec x = clamped((vec) * (const unaligned *)(g + c), rule->largest);
+      vec x = clamped(load(g + c), rule->largest);
       sum += x * x;
-      *(unaligned *)(of_columns + c) += x * x;
+      store(of_columns + c, load(of_columns + c) + x * x);
     }
     of_rows[r] = sum_of(sum);
     for (; c < columns; c++) {
@@ -135,9 +144,6 @@ typedef struct {
   float x[MOST_OWN * TILE] __attribute__((aligned(64)));
   float room[(3 + MOST_MEANS) * TILE]; /* for those of a tile that is not full */
 } Tile;
-
-INLINE vec load(const float *from) { return (vec) * (const unaligned *)from; }
-INLINE void store(float *to, vec x) { *(unaligned *)to = (unaligned)x; }
 
 /* Calls `RUN_OF(i, r, c, n)` for each run of a tile's coordinates, from the i-th on, that lie in one row. */
 #define EACH_RUN(t, tile, RUN_OF)                                                             \
@@ -291,11 +297,6 @@ static void remember_block(const Rule *rule, const Tensor *t, const Task *task, 
 INLINE long first_size(const Rule *rule) { return padded(rule->hidden, 4) * (1 + MOST_OWN); }
 INLINE long second_size(const Rule *rule) { return padded(rule->hidden, 4) * (1 + padded(rule->hidden, 4)); }
 
-INLINE float root_mean(double sum, double count) {
-  float square = (float)(sum / count);
-  return __builtin_sqrtf(square < TINY ? TINY : square);
-}
-
 /* The division of each input by its root mean square is in the first layer's weights; `sums` as remember() made them. */
 static void pack(const Rule *rule, const Tensor *t, long of, const double *sums, Task *task) {
   long inputs = inputs_of(rule, t), hidden = rule->hidden, wide = padded(hidden, 4);
@@ -319,8 +320,8 @@ static void pack(const Rule *rule, const Tensor *t, long of, const double *sums,
 }
 
 /* How many coordinates of each row and column of a task have moved, [rows + columns]. */
-static void count_moved(const Tensor *t, long of, int all, float *restrict counts) {
-  const float *squares = t->state + (t->means * t->tasks + of) * t->size;
+static void count_moved(const Rule *rule, const Tensor *t, long of, int all, float *restrict counts) {
+  const float *squares = t->state + (rule->means * t->tasks + of) * t->size;
   for (long i = 0; i < t->rows + t->columns; i++) counts[i] = all ? (float)(i < t->rows ? t->columns : t->rows) : 0.0f;
   for (long r = 0; r < t->rows && !all; r++)
     for (long c = 0; c < t->columns; c++) {
@@ -360,7 +361,7 @@ INLINE void add_factors(const Tensor *t, const Task *task, const Tile *tile, lon
         *(vec *)(h + j * TILE + v) +=
             only((vec)(load(tile->square + v) != 0.0f),
                   task->by_row[j * t->rows + tile->r] +
-                      (vec) * (const unaligned *)(task->by_column + j * t->columns + tile->c + v));
+                      load(task->by_column + j * t->columns + tile->c + v));
     return;
   }
 #define ADD(i, r, c, n)                 \
@@ -506,7 +507,7 @@ void normalized_direction(const Rule *rule, const Tensor *t, long threads, char 
       if (rule->hidden) pack(rule, t, i, total, tasks + i);
       if (rule->hidden && t->rows) {
         float *counts = (float *)(scratch + at.bands + i * band_size);
-        count_moved(t, i, total[inputs] == (double)t->size, counts);
+        count_moved(rule, t, i, total[inputs] == (double)t->size, counts);
         pack_factors(rule, t, tasks + i, counts);
       }
     }
@@ -547,8 +548,8 @@ void normalized_update(const Tensor *t, long normalized, const float *restrict s
           vec sum = {0};
           long k = first, end = min_of(n, first + RUN * LANES);
           for (; k + LANES <= end; k += LANES) {
-            vec one = only((vec)((vec) * (const unaligned *)(squares + at + k) != 0.0f), (vec) * (unaligned *)(x + k));
-            *(unaligned *)(x + k) = one;
+            vec one = only((vec)(load(squares + at + k) != 0.0f), load(x + k));
+            store(x + k, one);
             sum += one * one;
           }
           for (; k < end; k++) {
@@ -569,8 +570,7 @@ void normalized_update(const Tensor *t, long normalized, const float *restrict s
     for (long u = 0; u < t->tasks * blocks; u++) {
       long i = u / blocks, at = i * t->size + u % blocks * BLOCK, n = min_of(BLOCK, t->size - u % blocks * BLOCK);
       double count = t->sums[3 * i + 1] < 1.0 ? 1.0 : t->sums[3 * i + 1];
-      float square = (float)(t->sums[3 * i] / count), factor = -rates[i];
-      if (normalized) factor /= __builtin_sqrtf(square < TINY ? TINY : square);
+      float factor = normalized ? -rates[i] / root_mean(t->sums[3 * i], count) : -rates[i];
       float *x = t->direction + at;
       for (long k = 0; k < n; k++) x[k] *= factor;
     }

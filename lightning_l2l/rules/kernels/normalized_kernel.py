@@ -9,16 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_l2l.rules.inputs import INPUTS, NUM_TIMES
 from lightning_l2l.rules.kernels.fused import MOST_MEANS
 
-#: What the MLP may see, in the kernel's order, and whether there is one of each for every running mean.
-ORDER = {
-    **dict.fromkeys(("gradient", "clipped", "theta", "square", "inverse", "ratio"), False),
-    **dict.fromkeys(("means", "mean_ratios", "factored", "factored_means"), True),
-    **dict.fromkeys(("rows", "columns", "inverse_rows", "inverse_columns"), True),
-}
+#: What the MLP may see, in the kernel's order.
+_ORDER = (
+    *("gradient", "clipped", "theta", "square", "inverse", "ratio", "means", "mean_ratios", "factored"),
+    *("factored_means", "rows", "columns", "inverse_rows", "inverse_columns"),
+)
 _MOST_INPUTS = 6 + 8 * MOST_MEANS
-_NUM_TIMES = 2
 
 
 class _Weights(ctypes.Structure):
@@ -53,7 +52,7 @@ class NormalizedNumbers(ctypes.Structure):
 
 class _Tensor(ctypes.Structure):
     _fields_ = (
-        *((name, ctypes.c_long) for name in ("tasks", "means", "size", "rows", "columns")),
+        *((name, ctypes.c_long) for name in ("tasks", "size", "rows", "columns")),
         *((name, ctypes.c_void_p) for name in ("gradient", "theta", "state", "vector", "direction", "sums")),
     )
 
@@ -81,7 +80,7 @@ class NormalizedStep:
         self.sums = torch.empty(len(gradient), 3, dtype=torch.float64)
         pointers = [tensor.data_ptr() for tensor in (*tensors, self.direction, self.sums)]
         sides = matrix if matrix and rule.factors else (0, 0)
-        self.tensor = _Tensor(len(gradient), rule.means, gradient.numel() // len(gradient), *sides, *pointers)
+        self.tensor = _Tensor(len(gradient), gradient.numel() // len(gradient), *sides, *pointers)
         where = ctypes.byref(rule), ctypes.byref(self.tensor), self.threads
         scratch = torch.empty(library.normalized_scratch(*where), dtype=torch.uint8)
         library.normalized_direction(*where, scratch.data_ptr())
@@ -124,11 +123,9 @@ def places_of(seen: Sequence[str], num_means: int, timed: bool) -> Tensor:
     columns, at = {}, 0
     for name in seen:
         columns[name] = at
-        at += num_means if ORDER[name] else 1
+        at += INPUTS[name].count(num_means)
     places = [
-        columns[name] + k if name in columns else -1
-        for name, several in ORDER.items()
-        for k in range(num_means if several else 1)
+        columns[name] + k if name in columns else -1 for name in _ORDER for k in range(INPUTS[name].count(num_means))
     ]
     places += [-1] * (_MOST_INPUTS - len(places))
-    return torch.tensor([*places, *range(at, at + _NUM_TIMES * timed)])
+    return torch.tensor([*places, *range(at, at + NUM_TIMES * timed)])
