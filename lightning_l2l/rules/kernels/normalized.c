@@ -9,6 +9,7 @@
 #define BANDS 16 /* of rows, whose sums over columns are made side by side */
 #define RUN 64 /* tiles whose squares are added up in single precision */
 #define TINY 1.17549435e-38f /* the least normal number */
+#define EACH for (int v = 0; v < WIDE; v++)
 #define MOST_OWN (6 + 4 * MOST_MEANS) /* inputs of a coordinate */
 #define MOST_INPUTS (6 + 8 * MOST_MEANS)
 
@@ -47,7 +48,7 @@ typedef struct {
 typedef struct {
   float unbias1[MOST_MEANS], unbias2, whole; /* what running means are multiplied with; the direction likewise */
   Factors factors;
-  float *first, *second;    /* weights as all_sums takes them */
+  float *first, *second;    /* weights of the layers, [units of four, 1 + rows, 4]; after those of `second` the readout's */
   float *by_row, *by_column; /* what rows and columns add to the first layer's sums, [padded hidden, rows], [.., columns] */
 } Task;
 
@@ -94,24 +95,42 @@ INLINE vec inverse_of(vec x) {
 
 /* ---- Rows and columns ---- */
 
-/* Sums of squares: of `rows` rows of a matrix, and of their columns, which begin with zeros. */
-static void add_squares(const Rule *rule, const float *restrict g, long rows, long columns, float *restrict of_rows,
-                        float *restrict of_columns) {
-  for (long r = 0; r < rows; r++, g += columns) {
+INLINE vec square_or_one(const int count, float largest, vec x) {
+  if (count) return only((vec)(x != 0.0f), ALL(1.0f));
+  x = clamped(x, largest);
+  return x * x;
+}
+
+/* Sums over band `band` of a matrix's rows: of squares, or with `count` of how many are not zero. bands [rows + BANDS *
+ * columns]: of each row, and for each band of its columns. */
+INLINE void add_band(const int count, const Rule *rule, const Tensor *t, const float *restrict x, long band,
+                     float *restrict bands) {
+  long of_band = (t->rows + BANDS - 1) / BANDS, first = band * of_band, end = min_of(first + of_band, t->rows);
+  float *of_columns = bands + t->rows + band * t->columns, last[TILE] __attribute__((aligned(64))) = {0};
+  memset(of_columns, 0, t->columns * sizeof(float));
+  for (long r = first; r < end; r++) {
+    const float *row = x + r * t->columns;
     vec sum = {0};
     long c = 0;
-    for (; c + LANES <= columns; c += LANES) {
-      vec x = clamped(load(g + c), rule->largest);
-      sum += x * x;
-      store(of_columns + c, load(of_columns + c) + x * x);
+    for (; c + LANES <= t->columns; c += LANES) {
+      vec one = square_or_one(count, rule->largest, load(row + c));
+      sum += one;
+      store(of_columns + c, load(of_columns + c) + one);
     }
-    of_rows[r] = sum_of(sum);
-    for (; c < columns; c++) {
-      float x = g[c] > rule->largest ? rule->largest : g[c] < -rule->largest ? -rule->largest : g[c];
-      of_rows[r] += x * x;
-      of_columns[c] += x * x;
+    if (c < t->columns) {
+      copy(last, row + c, t->columns - c);
+      vec one = square_or_one(count, rule->largest, *(vec *)last);
+      sum += one;
+      for (long k = 0; c + k < t->columns; k++) of_columns[c + k] += one[k];
     }
+    bands[r] = sum_of(sum);
   }
+}
+
+/* bands [rows + columns] after that: the sums over all bands. */
+INLINE void join_bands(const Tensor *t, float *restrict bands) {
+  for (long band = 1; band < BANDS; band++)
+    for (long c = 0; c < t->columns; c++) bands[t->rows + c] += bands[t->rows + band * t->columns + c];
 }
 
 /* now [rows + columns]: means of the squares at this step. */
@@ -170,32 +189,38 @@ INLINE void see(const long means, const Rule *rule, const Tensor *t, const Task 
     for (long j = 0; j < n; j++) roots[k * TILE + i + j] = of_rows[k * both + r] * of_columns[k * both + c + j]
     EACH_RUN(t, tile, ROOTS)
   }
-#define PUT(k, value)                            \
-  do {                                           \
-    vec value_ = value;                          \
-    if (squares)                                 \
-      squares[k] += value_ * value_;             \
-    else                                         \
-      *(vec *)(tile->x + (k)*TILE + v) = value_; \
+#define PUT(k, value)                                              \
+  do {                                                             \
+    vec sum_ = {0};                                                \
+    EACH {                                                         \
+      vec value_ = value;                                          \
+      if (squares)                                                 \
+        sum_ += value_ * value_;                                   \
+      else                                                         \
+        *(vec *)(tile->x + (k)*TILE + v * LANES) = value_;         \
+    }                                                              \
+    if (squares) squares[k] += sum_;                               \
   } while (0)
-  for (int v = 0; v < TILE; v += LANES) {
-    vec g = clamped(load(tile->gradient + v), rule->largest), square = load(tile->square + v) * task->unbias2;
-    vec moved = (vec)(square != 0.0f), inverse = inverse_of(square_root(square) + rule->eps);
-    PUT(0, g);
-    PUT(1, clamped(g, rule->clip));
-    PUT(2, only(moved, load(tile->theta + v)));
-    PUT(3, square);
-    PUT(4, only(moved, inverse));
-    PUT(5, g * inverse);
-    for (long k = 0; k < means; k++) {
-      vec mean = load(tile->means[k] + v) * task->unbias1[k];
-      PUT(6 + k, mean);
-      PUT(6 + means + k, mean * inverse);
-      if (t->rows) {
-        vec factor = inverse_of(*(vec *)(roots + k * TILE + v) + rule->eps);
-        PUT(6 + 2 * means + k, g * factor);
-        PUT(6 + 3 * means + k, mean * factor);
-      }
+  vec g[WIDE], square[WIDE], inverse[WIDE], mean[WIDE], factor[WIDE];
+  EACH {
+    g[v] = clamped(load(tile->gradient + v * LANES), rule->largest);
+    square[v] = load(tile->square + v * LANES) * task->unbias2;
+    inverse[v] = inverse_of(square_root(square[v]) + rule->eps);
+  }
+  PUT(0, g[v]);
+  PUT(1, clamped(g[v], rule->clip));
+  PUT(2, only((vec)(square[v] != 0.0f), load(tile->theta + v * LANES)));
+  PUT(3, square[v]);
+  PUT(4, only((vec)(square[v] != 0.0f), inverse[v]));
+  PUT(5, g[v] * inverse[v]);
+  for (long k = 0; k < means; k++) {
+    EACH mean[v] = load(tile->means[k] + v * LANES) * task->unbias1[k];
+    PUT(6 + k, mean[v]);
+    PUT(6 + means + k, mean[v] * inverse[v]);
+    if (t->rows) {
+      EACH factor[v] = inverse_of(*(vec *)(roots + k * TILE + v * LANES) + rule->eps);
+      PUT(6 + 2 * means + k, g[v] * factor[v]);
+      PUT(6 + 3 * means + k, mean[v] * factor[v]);
     }
   }
 }
@@ -293,9 +318,9 @@ static void remember_block(const Rule *rule, const Tensor *t, const Task *task, 
 
 /* ---- The MLP ---- */
 
-/* What the layers' weights take in Task, [units of four, 1 + rows, 4]. */
+/* What the layers' weights take in Task. */
 INLINE long first_size(const Rule *rule) { return padded(rule->hidden, 4) * (1 + MOST_OWN); }
-INLINE long second_size(const Rule *rule) { return padded(rule->hidden, 4) * (1 + padded(rule->hidden, 4)); }
+INLINE long second_size(const Rule *rule) { return padded(rule->hidden, 4) * (3 + padded(rule->hidden, 4)); }
 
 /* The division of each input by its root mean square is in the first layer's weights; `sums` as remember() made them. */
 static void pack(const Rule *rule, const Tensor *t, long of, const double *sums, Task *task) {
@@ -315,25 +340,15 @@ static void pack(const Rule *rule, const Tensor *t, long of, const double *sums,
     to = task->second + j / 4 * 4 * (1 + wide) + j % 4;
     to[0] = j < hidden ? w->second_bias[j] : 0.0f;
     for (long k = 0; k < wide; k++) to[4 * (1 + k)] = j < hidden && k < hidden ? w->second[j * hidden + k] : 0.0f;
+    for (long k = 0; k < 2; k++)
+      task->second[wide * (1 + wide + k) + j] = j < hidden && k < rule->outputs ? w->readout[k * hidden + j] : 0.0f;
   }
   task->whole = 1.0f / root_mean(sums[6 + rule->means], sums[inputs] < 1.0 ? 1.0 : sums[inputs]);
 }
 
-/* How many coordinates of each row and column of a task have moved, [rows + columns]. */
-static void count_moved(const Rule *rule, const Tensor *t, long of, int all, float *restrict counts) {
-  const float *squares = t->state + (rule->means * t->tasks + of) * t->size;
-  for (long i = 0; i < t->rows + t->columns; i++) counts[i] = all ? (float)(i < t->rows ? t->columns : t->rows) : 0.0f;
-  for (long r = 0; r < t->rows && !all; r++)
-    for (long c = 0; c < t->columns; c++) {
-      float moved = squares[r * t->columns + c] != 0.0f;
-      counts[r] += moved;
-      counts[t->rows + c] += moved;
-    }
-}
-
-/* What the inputs of rows and columns, (rows, columns, inverse_rows, inverse_columns), add to the first layer's sums. counts:
- * those of count_moved, of which nothing is left. */
-static void pack_factors(const Rule *rule, const Tensor *t, Task *task, float *restrict counts) {
+/* What the inputs of rows and columns, (rows, columns, inverse_rows, inverse_columns), add to the first layer's sums. counts
+ * [rows + columns]: of coordinates that have moved. */
+static void pack_factors(const Rule *rule, const Tensor *t, Task *task, const float *restrict counts) {
   const Weights *w = &rule->weights;
   long both = t->rows + t->columns, wide = padded(rule->hidden, 4), first = 6 + 4 * rule->means;
   memset(task->by_row, 0, wide * both * sizeof(float));
@@ -353,36 +368,62 @@ static void pack_factors(const Rule *rule, const Tensor *t, Task *task, float *r
   }
 }
 
-/* h [wide, TILE] += what the rows and columns of a tile's coordinates add, if these have moved. */
-INLINE void add_factors(const Tensor *t, const Task *task, const Tile *tile, long wide, float *restrict h) {
-  if (tile->c + TILE <= t->columns) {
-    for (long j = 0; j < wide; j++)
-      for (int v = 0; v < TILE; v += LANES)
-        *(vec *)(h + j * TILE + v) +=
-            only((vec)(load(tile->square + v) != 0.0f),
-                  task->by_row[j * t->rows + tile->r] +
-                      load(task->by_column + j * t->columns + tile->c + v));
-    return;
-  }
-#define ADD(i, r, c, n)                 \
+/* h [wide, TILE]: what the rows and columns of a tile's coordinates add, if these have moved. The tile lies in several
+ * rows. */
+INLINE void gather_factors(const Tensor *t, const Task *task, const Tile *tile, long wide, float *restrict h) {
+  memset(h, 0, wide * TILE * sizeof(float));
+#define GATHER(i, r, c, n)              \
   for (long j = 0; j < wide; j++)       \
     for (long k = 0; k < n; k++)        \
-      if (tile->square[i + k] != 0.0f) h[j * TILE + i + k] += task->by_row[j * t->rows + r] + task->by_column[j * t->columns + c + k]
-  EACH_RUN(t, tile, ADD)
+      if (tile->square[i + k] != 0.0f) h[j * TILE + i + k] = task->by_row[j * t->rows + r] + task->by_column[j * t->columns + c + k]
+  EACH_RUN(t, tile, GATHER)
 }
 
-INLINE void relu(float *x, long rows) {
-  for (long k = 0; k < rows * TILE; k += LANES) *(vec *)(x + k) = at_least(*(vec *)(x + k), 0.0f);
+/* h [4 units, TILE] from tile->x, for some units from the j-th on. */
+INLINE void first_layer(const int units, long j, const Tensor *t, const Task *task, const Tile *tile, long inputs,
+                        float *restrict h) {
+  long stride = 4 * (1 + inputs);
+  const float *weights = task->first + j * stride;
+  const int whole = tile->c + TILE <= t->columns;
+  vec sum[4 * UNITS][WIDE];
+  for (int r = 0; r < 4 * units; r++)
+    EACH {
+      sum[r][v] = ALL(weights[r / 4 * stride + r % 4]);
+      if (t->rows && whole)
+        sum[r][v] += only((vec)(load(tile->square + v * LANES) != 0.0f),
+                          task->by_row[(4 * j + r) * t->rows + tile->r] +
+                              load(task->by_column + (4 * j + r) * t->columns + tile->c + v * LANES));
+      else if (t->rows)
+        sum[r][v] += *(vec *)(h + (4 * j + r) * TILE + v * LANES);
+    }
+  add_products(units, weights + 4, stride, tile->x, inputs, sum);
+  for (int r = 0; r < 4 * units; r++) EACH *(vec *)(h + (4 * j + r) * TILE + v * LANES) = at_least(sum[r][v], 0.0f);
 }
 
-/* Block `block` of a task; h [2 * padded hidden, TILE] is scratch. sums [2]: squares of the direction, and the MLP's second
+/* out += what some units of the second layer, from the j-th of all `wide / 4` on, give of the MLP's first number, and
+ * `other` likewise of its second. */
+INLINE void second_layer(const int units, long j, const Task *task, const float *restrict h, long wide, vec *out, vec *other) {
+  long stride = 4 * (1 + wide);
+  const float *weights = task->second + j * stride, *readout = task->second + (1 + wide) * wide + 4 * j;
+  vec sum[4 * UNITS][WIDE];
+  for (int r = 0; r < 4 * units; r++) EACH sum[r][v] = ALL(weights[r / 4 * stride + r % 4]);
+  add_products(units, weights + 4, stride, h, wide, sum);
+  for (int r = 0; r < 4 * units; r++)
+    EACH {
+      vec unit = at_least(sum[r][v], 0.0f);
+      out[v] += ALL(readout[r]) * unit;
+      if (other) other[v] += ALL(readout[wide + r]) * unit;
+    }
+}
+
+/* Block `block` of a task; h [padded hidden, TILE] is scratch. sums [2]: squares of the direction, and the MLP's second
  * number. */
-INLINE void correct(const long means, const Rule *rule, const Tensor *t, const Task *task, long of, long block,
-                    float *restrict h, double *restrict sums) {
+INLINE void correct(const long means, const int outputs, const Rule *rule, const Tensor *t, const Task *task, long of,
+                    long block, float *restrict h, double *restrict sums) {
   const Weights *w = &rule->weights;
-  long inputs = inputs_of(rule, t), hidden = rule->hidden, units = padded(hidden, 4) / 4;
+  long inputs = inputs_of(rule, t), units = padded(rule->hidden, 4) / 4, j;
   long end = min_of((block + 1) * BLOCK, t->size), at = block * BLOCK;
-  float *direction = t->direction + of * t->size, *above = h + 4 * units * TILE;
+  float *direction = t->direction + of * t->size;
   Tile tile = {.at = 0};
   sums[0] = sums[1] = 0.0;
   vec squares = {0}, second = {0};
@@ -390,23 +431,21 @@ INLINE void correct(const long means, const Rule *rule, const Tensor *t, const T
     go_to(t, &tile, at, end);
     find(means, t, of, &tile);
     see(means, rule, t, task, &tile, 0);
-    all_sums(units, 1, task->first, tile.x, inputs, 0, 0, h);
-    if (t->rows) add_factors(t, task, &tile, 4 * units, h);
-    relu(h, 4 * units);
-    all_sums(units, 1, task->second, h, 4 * units, 0, 0, above);
-    relu(above, 4 * units);
-    for (int v = 0; v < TILE; v += LANES) {
-      vec out = ALL(w->readout_bias[0]);
-      for (long j = 0; j < hidden; j++) out += w->readout[j] * *(vec *)(above + j * TILE + v);
-      out += *(vec *)(tile.x + (6 + means) * TILE + v) * task->whole;
-      out = only((vec)(load(tile.square + v) * task->unbias2 != 0.0f), out);
-      *(vec *)(tile.x + v) = out;
-      squares += out * out;
-      if (rule->outputs > 1) {
-        vec other = ALL(w->readout_bias[1]);
-        for (long j = 0; j < hidden; j++) other += w->readout[hidden + j] * *(vec *)(above + j * TILE + v);
-        for (int k = 0; k < LANES; k++) second[k] += v + k < tile.n ? other[k] : 0.0f;
-      }
+    if (t->rows && tile.c + TILE > t->columns) gather_factors(t, task, &tile, 4 * units, h);
+    for (j = 0; j + UNITS <= units; j += UNITS) first_layer(UNITS, j, t, task, &tile, inputs, h);
+    for (; j < units; j++) first_layer(1, j, t, task, &tile, inputs, h);
+    vec out[WIDE], other[WIDE];
+    EACH {
+      out[v] = ALL(w->readout_bias[0]) + *(vec *)(tile.x + (6 + means) * TILE + v * LANES) * task->whole;
+      other[v] = ALL(rule->outputs > 1 ? w->readout_bias[1] : 0.0f);
+    }
+    for (j = 0; j + UNITS <= units; j += UNITS) second_layer(UNITS, j, task, h, 4 * units, out, outputs > 1 ? other : 0);
+    for (; j < units; j++) second_layer(1, j, task, h, 4 * units, out, outputs > 1 ? other : 0);
+    EACH {
+      out[v] = only((vec)(load(tile.square + v * LANES) * task->unbias2 != 0.0f), out[v]);
+      squares += out[v] * out[v];
+      *(vec *)(tile.x + v * LANES) = out[v];
+      for (int k = 0; k < LANES && outputs > 1; k++) second[k] += v * LANES + k < tile.n ? other[v][k] : 0.0f;
     }
     copy(direction + at, tile.x, tile.n);
     if (tiles % RUN == 0 || at + TILE >= end) {
@@ -419,10 +458,10 @@ INLINE void correct(const long means, const Rule *rule, const Tensor *t, const T
 
 static void correct_block(const Rule *rule, const Tensor *t, const Task *task, long of, long block, float *h,
                           double *sums) {
-  if (rule->means == 3)
-    correct(3, rule, t, task, of, block, h, sums);
+  if (rule->means == 3 && rule->outputs == 1)
+    correct(3, 1, rule, t, task, of, block, h, sums);
   else
-    correct(rule->means, rule, t, task, of, block, h, sums);
+    correct(rule->means, 2, rule, t, task, of, block, h, sums);
 }
 
 /* ---- A step ---- */
@@ -439,9 +478,9 @@ static Layout lay_out(const Rule *rule, const Tensor *t, long threads) {
   at.factors = at.tasks + padded(t->tasks * (long)sizeof(Task), 64);
   at.weights = at.factors + t->tasks * padded(3 * rule->means * both * (long)sizeof(float), 64);
   at.bands = at.weights + t->tasks * padded((first_size(rule) + second_size(rule)) * (long)sizeof(float), 64);
-  at.by = at.bands + t->tasks * padded((t->rows ? t->rows + BANDS * t->columns : 0) * (long)sizeof(float), 64);
+  at.by = at.bands + t->tasks * padded(t->rows ? t->rows + BANDS * t->columns : 0, 16) * (long)sizeof(float);
   at.layers = at.by + t->tasks * padded(padded(rule->hidden, 4) * both * (long)sizeof(float), 64);
-  at.end = at.layers + threads * 2 * padded(rule->hidden, 4) * TILE * (long)sizeof(float);
+  at.end = at.layers + threads * padded(rule->hidden, 4) * TILE * (long)sizeof(float);
   return at;
 }
 
@@ -455,7 +494,9 @@ void normalized_direction(const Rule *rule, const Tensor *t, long threads, char 
   double *sums = (double *)(scratch + at.sums);
   Task *tasks = (Task *)(scratch + at.tasks);
   long both = t->rows ? t->rows + t->columns : 0, width = 1 + rule->means * both, blocks = blocks_of(t);
-  long of_band = t->rows ? (t->rows + BANDS - 1) / BANDS : 0, band_size = padded((t->rows + BANDS * t->columns) * 4, 64);
+  long of_bands = padded(t->rows + BANDS * t->columns, 16);
+  float *bands = (float *)(scratch + at.bands);
+  const float *squares = t->state + rule->means * t->tasks * t->size;
   long inputs = rule->hidden ? inputs_of(rule, t) : 1;
   for (long i = 0; i < t->tasks; i++) {
     float *vector = t->vector + i * width;
@@ -475,22 +516,13 @@ void normalized_direction(const Rule *rule, const Tensor *t, long threads, char 
     unsigned mode = flush_denormals();
     if (t->rows) {
 #pragma omp for schedule(static)
-      for (long u = 0; u < t->tasks * BANDS; u++) {
-        long i = u / BANDS, first = u % BANDS * of_band, n = min_of(of_band, t->rows - first);
-        float *of_rows = (float *)(scratch + at.bands + i * band_size), *of_columns = of_rows + t->rows;
-        memset(of_columns + u % BANDS * t->columns, 0, t->columns * sizeof(float));
-        if (n > 0)
-          add_squares(rule, t->gradient + i * t->size + first * t->columns, n, t->columns, of_rows + first,
-                      of_columns + u % BANDS * t->columns);
-      }
+      for (long u = 0; u < t->tasks * BANDS; u++)
+        add_band(0, rule, t, t->gradient + u / BANDS * t->size, u % BANDS, bands + u / BANDS * of_bands);
 #pragma omp for schedule(static)
       for (long i = 0; i < t->tasks; i++) {
-        float *now = (float *)(scratch + at.bands + i * band_size), *of_columns = now + t->rows;
-        for (long r = 0; r < t->rows; r++) now[r] /= (float)t->columns;
-        for (long c = 0; c < t->columns; c++) {
-          for (long band = 1; band < BANDS; band++) of_columns[c] += of_columns[band * t->columns + c];
-          of_columns[c] /= (float)t->rows;
-        }
+        float *now = bands + i * of_bands;
+        join_bands(t, now);
+        for (long k = 0; k < both; k++) now[k] /= (float)(k < t->rows ? t->columns : t->rows);
         follow(rule, t, tasks + i, t->vector + i * width, now);
       }
     }
@@ -505,14 +537,24 @@ void normalized_direction(const Rule *rule, const Tensor *t, long threads, char 
       t->sums[3 * i] = total[0];
       t->sums[3 * i + 1] = total[inputs];
       if (rule->hidden) pack(rule, t, i, total, tasks + i);
-      if (rule->hidden && t->rows) {
-        float *counts = (float *)(scratch + at.bands + i * band_size);
-        count_moved(rule, t, i, total[inputs] == (double)t->size, counts);
+    }
+    if (rule->hidden && t->rows) {
+#pragma omp for schedule(static)
+      for (long u = 0; u < t->tasks * BANDS; u++)
+        if (t->sums[u / BANDS * 3 + 1] < (double)t->size)
+          add_band(1, rule, t, squares + u / BANDS * t->size, u % BANDS, bands + u / BANDS * of_bands);
+#pragma omp for schedule(static)
+      for (long i = 0; i < t->tasks; i++) {
+        float *counts = bands + i * of_bands;
+        if (t->sums[3 * i + 1] < (double)t->size)
+          join_bands(t, counts);
+        else
+          for (long k = 0; k < both; k++) counts[k] = (float)(k < t->rows ? t->columns : t->rows);
         pack_factors(rule, t, tasks + i, counts);
       }
     }
     if (rule->hidden) {
-      float *h = (float *)(scratch + at.layers) + omp_get_thread_num() * 2 * padded(rule->hidden, 4) * TILE;
+      float *h = (float *)(scratch + at.layers) + omp_get_thread_num() * padded(rule->hidden, 4) * TILE;
 #pragma omp for schedule(static)
       for (long u = 0; u < t->tasks * blocks; u++)
         correct_block(rule, t, tasks + u / blocks, u / blocks, u % blocks, h, sums + u * (MOST_OWN + 1));

@@ -98,23 +98,28 @@ INLINE vec square_root(vec x) {
 /* x where `mask` has all bits set, 0 where it has none. */
 INLINE vec only(vec mask, vec x) { return (vec)((ivec)mask & (ivec)x); }
 
+/* sum[r] += sum over k of weights[k][r] * row k for each of some units' four r. `rows` may be the end of a sum that began with
+ * others: a sum is never stored before it is complete. Returns the end of the first unit's weights. */
+INLINE const float *add_products(const int units, const float *restrict weights, long stride, const float *restrict rows,
+                                 long n, vec sum[4 * UNITS][WIDE]) {
+  for (; n > 0; n--, rows += TILE, weights += 4) {
+    vec x[WIDE];
+    for (int v = 0; v < WIDE; v++) x[v] = in_register(((vec *)rows)[v]);
+    for (int r = 0; r < 4 * units; r++)
+      for (int v = 0; v < WIDE; v++) sum[r][v] += ALL(weights[r / 4 * stride + r % 4]) * x[v];
+  }
+  return weights;
+}
+
 /* For some units, sums[r] = start[r] + sum over k of weights[k][r] * row k for each of a unit's four r: the rows first of
- * `a`, then of `b`, and the start the first four weights if there is one. A sum is never stored before it is complete. */
+ * `a`, then of `b`, and the start the first four weights if there is one. */
 INLINE void sums_of(const int units, const int start, const float *restrict weights, long stride, const float *restrict a,
                     long rows_of_a, const float *restrict b, long rows_of_b, float *restrict sums) {
   vec sum[4 * UNITS][WIDE];
   for (int r = 0; r < 4 * units; r++)
     for (int v = 0; v < WIDE; v++) sum[r][v] = ALL(start ? weights[r / 4 * stride + r % 4] : 0.0f);
-  if (start) weights += 4;
-  for (int part = 0; part < 2; part++) {
-    const float *rows = part ? b : a;
-    for (long k = part ? rows_of_b : rows_of_a; k > 0; k--, rows += TILE, weights += 4) {
-      vec x[WIDE];
-      for (int v = 0; v < WIDE; v++) x[v] = in_register(((vec *)rows)[v]);
-      for (int r = 0; r < 4 * units; r++)
-        for (int v = 0; v < WIDE; v++) sum[r][v] += ALL(weights[r / 4 * stride + r % 4]) * x[v];
-    }
-  }
+  weights = add_products(units, weights + 4 * start, stride, a, rows_of_a, sum);
+  add_products(units, weights, stride, b, rows_of_b, sum);
   for (int r = 0; r < 4 * units; r++)
     for (int v = 0; v < WIDE; v++) ((vec *)sums)[r * WIDE + v] = sum[r][v];
 }
