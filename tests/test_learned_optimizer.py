@@ -521,7 +521,7 @@ def test_on_a_gpu_it_goes_where_it_goes_on_the_cpu(rule, devices):
     wanted = parameters(shapes=[(3, 4), (), (5000,)])
     params = [nn.Parameter(p.detach().to(device)) for p, device in zip(wanted, devices, strict=True)]
     for run in (params, wanted):
-        optimizer = LearnedOptimizer(run, rule, lr=0.5, weight_decay=0.125)
+        optimizer = LearnedOptimizer(run, rule, lr=0.5, weight_decay=2**-8)
         feed(optimizer, run, gradients(run, 5))
         assert all(optimizer.state[p]["rule_state"].device == p.device for p in run)
     torch.testing.assert_close([p.cpu() for p in params], wanted, rtol=1e-4, atol=1e-5)

@@ -345,6 +345,17 @@ def test_parameters_that_join_later_are_as_far_as_all_others():
     assert int(optimizer.state[late]["step"]) == 1
 
 
+@pytest.mark.cuda
+def test_on_a_gpu_it_goes_where_it_goes_on_the_cpu(rule):
+    wanted = parameters(shapes=SHAPES)
+    params = [nn.Parameter(p.detach().cuda()) for p in wanted]
+    for run in (params, wanted):
+        optimizer = LearnedOptimizer(run, rule, num_steps=9, weight_decay=2**-8)
+        feed(optimizer, run, gradients(run, 7))
+        assert all(optimizer.state[p]["tensor_state"].device == p.device for p in run)
+    torch.testing.assert_close([p.cpu() for p in params], wanted, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("num_steps", [0, -1, 1.5, True, "10"])
 def test_a_number_of_steps_that_is_none_is_refused(num_steps, mlp):
     with pytest.raises(ValueError, match="num_steps="):
