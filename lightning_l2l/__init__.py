@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from lightning_l2l.evaluation.learning_curves import LearningCurves
     from lightning_l2l.evaluation.proposals import UpdateProposals
     from lightning_l2l.meta.curriculum import Curriculum
+    from lightning_l2l.meta.evolution import EvolutionStrategies
     from lightning_l2l.meta.first_order import FirstOrder
     from lightning_l2l.meta.imitation import Imitation
     from lightning_l2l.meta.meta_optimizer import MetaOptimizer
@@ -64,6 +65,7 @@ _HOMES = {
     "evaluation.learning_curves": ("LearningCurves",),
     "evaluation.proposals": ("UpdateProposals",),
     "meta.curriculum": ("Curriculum",),
+    "meta.evolution": ("EvolutionStrategies",),
     "meta.first_order": ("FirstOrder",),
     "meta.imitation": ("Imitation",),
     "meta.meta_optimizer": ("MetaOptimizer",),
@@ -101,6 +103,7 @@ __all__ = [
     "Curriculum",
     "DatasetDataModule",
     "EpisodeDataModule",
+    "EvolutionStrategies",
     "FirstOrder",
     "GeneratedDataModule",
     "GeneratedTask",

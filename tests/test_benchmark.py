@@ -21,7 +21,8 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from lightning_l2l import LearnedOptimizer, MetaOptimizer, main
+from lightning_l2l import EvolutionStrategies, LearnedOptimizer, MetaOptimizer, main
+from lightning_l2l.meta.episode import Episode
 from lightning_l2l.meta.unroll import Unroll
 from lightning_l2l.rules import CoordinatewiseLSTM, NormalizedMLP
 from lightning_l2l.rules.base import CPU_BLOCK, blocks
@@ -155,6 +156,39 @@ def test_meta_epoch(benchmark, problem, capsys):
     found, other = benchmark.stats.stats.median, statistics.median(seconds["reference"])
     with capsys.disabled():
         print(f"\n({problem}) {found:.3f} s, {found / other:.3f} x the reference ({other:.3f} s)")
+
+
+@pytest.mark.parametrize("orthogonalize", [False, True], ids=["plain", "orthogonalized"])
+def test_particles_side_by_side(benchmark, orthogonalize, capsys):
+    """Evolution strategies: 16 pairs on an MLP 64-32-10 with batches of 64, beside each particle by itself."""
+    torch.set_num_threads(2)
+    torch.manual_seed(0)
+    g = torch.Generator().manual_seed(0)
+    inputs, targets = torch.randn(16, 51, 64, 64, generator=g), torch.randint(0, 10, (16, 51, 64), generator=g)
+    batch = {"inputs": inputs, "targets": targets, "seed": torch.arange(16)}
+    task, rule = NetworkTask(MLP(64, 32)), NormalizedMLP(orthogonalize=orthogonalize)
+    unroll = Unroll(task, rule, EvolutionStrategies())
+
+    def alone():
+        for task_of_pair in range(16):
+            one = {name: values[task_of_pair : task_of_pair + 1] for name, values in batch.items()}
+            for _ in range(2):
+                episode = Episode.start(task, rule, one, 50)
+                (part,) = episode.parts
+                for _ in range(50):
+                    update = rule.step_(part.gradient.view(-1), part.state, episode.seen_by(part))
+                    part.theta.add_(update.view(part.theta.shape))
+                    episode.step += 1
+                    episode.evaluate([part.gradient])
+
+    setup, others = in_turn({"alone": alone})
+    benchmark.group = "50 inner steps of 32 particles"
+    together = lambda: unroll.run(unroll.start(batch, num_steps=50), 50).meta_loss.backward()  # noqa: E731
+    benchmark.pedantic(together, setup=setup, rounds=5, warmup_rounds=1)
+    seconds = {"together": benchmark.stats.stats.median, "alone": statistics.median(others["alone"])}
+    told = ", ".join(f"{name} {32 * 50 / value:.0f}" for name, value in seconds.items())
+    with capsys.disabled():
+        print(f"\ninner steps of a particle a second: {told}; {seconds['alone'] / seconds['together']:.1f} times")
 
 
 RUNS = {

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -57,6 +58,7 @@ class Episode:
         losses: Loss of each task at theta, `[num_tasks]`.
         num_steps: *Inner steps* that the episode is to have, if that is known: some rules see it.
         step: Inner steps made so far.
+        beside: What the estimator of the meta-gradient keeps of the episode.
     """
 
     rule: UpdateRule
@@ -68,6 +70,7 @@ class Episode:
     losses: Tensor
     num_steps: int | None = None
     step: int = 0
+    beside: Any = None
 
     @property
     def imitates(self) -> bool:

@@ -20,7 +20,7 @@ from torch import Tensor
 from lightning_l2l.arguments import check_at_least, check_choice
 from lightning_l2l.meta.episode import Episode
 from lightning_l2l.meta.imitation import Misses
-from lightning_l2l.meta.meta_gradient import MetaGradient, Truncation, floored, weighted
+from lightning_l2l.meta.meta_gradient import MetaGradient, Truncation, attached, floored, weighted
 from lightning_l2l.rules.base import Memory, RuleUnroll
 
 
@@ -85,7 +85,7 @@ class FirstOrder(MetaGradient):
             if any(weights) or misses is not None:  # a truncation of which nothing counts needs no backward pass
                 found = unroller.gradients(gradients.flatten(1), of_a_task, beside)
                 meta_gradient.update(zip(part.rule.parameters(), found, strict=True))
-        meta_loss = _attach(weighted(stacked, weights, log_loss), list(meta_gradient.values()), parameters)
+        meta_loss = attached(weighted(stacked, weights, log_loss), list(meta_gradient.values()), parameters)
         return Truncation(stacked, meta_loss, imitation_loss)
 
     def _buffers_for(self, episode: Episode, num_steps: int) -> list[tuple[RuleUnroll, Tensor]]:
@@ -103,21 +103,3 @@ class FirstOrder(MetaGradient):
                 made.append((unroller, like.new_empty(num_steps + 1, *part.theta.shape)))
             self._buffers[key] = made
         return self._buffers[key]
-
-
-class _Attach(torch.autograd.Function):
-    """A value whose gradient with respect to some parameters is known already."""
-
-    @staticmethod
-    def forward(ctx: Any, value: Tensor, gradients: list[Tensor], *parameters: Tensor) -> Tensor:
-        ctx.gradients = gradients
-        return value.clone()
-
-    @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
-        return None, None, *(grad_outputs[0] * g for g in ctx.gradients)
-
-
-def _attach(value: Tensor, gradients: list[Tensor], parameters: list[Tensor]) -> Tensor:
-    # An ordinary node of the graph, so that hooks on the parameters run: it is these that synchronise ranks.
-    return _Attach.apply(value, gradients, *parameters)  # type: ignore[no-untyped-call, no-any-return]

@@ -5,11 +5,14 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from lightning_l2l.meta.episode import Episode
+from lightning_l2l.rules.base import UpdateRule
+from lightning_l2l.tasks.base import Batch, Task
 
 
 @dataclass(frozen=True)
@@ -40,6 +43,10 @@ class MetaGradient(ABC):
     #: Whether it can have the loss of an imitation beside the meta-loss.
     imitates = False
 
+    def start(self, task: Task, rule: UpdateRule, batch: Batch, num_steps: int | None) -> Episode:
+        """Begin an episode; see `Episode.start`."""
+        return Episode.start(task, rule, batch, num_steps)
+
     @abstractmethod
     def run(self, episode: Episode, num_steps: int, weights: Sequence[float], log_loss: bool) -> Truncation:
         """Make `num_steps` inner steps and change `episode` in place.
@@ -50,6 +57,27 @@ class MetaGradient(ABC):
             weights: w_t of each of its T losses.
             log_loss: Whether the terms are w_t log(mean over tasks of f_t).
         """
+
+
+class _Attach(torch.autograd.Function):
+    """A value whose gradient with respect to some parameters is known already."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, gradients: list[Tensor], *parameters: Tensor) -> Tensor:
+        ctx.gradients = gradients
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        return None, None, *(grad_outputs[0] * g for g in ctx.gradients)
+
+
+def attached(value: Tensor, gradients: list[Tensor], parameters: list[Tensor]) -> Tensor:
+    """A value whose `backward()` adds these gradients to the parameters.
+
+    It is an ordinary node of the graph, so that hooks on the parameters run: it is these that synchronise ranks.
+    """
+    return _Attach.apply(value, gradients, *parameters)  # type: ignore[no-untyped-call, no-any-return]
 
 
 def weighted(losses: Tensor, weights: Sequence[float], log: bool) -> Tensor:

@@ -83,7 +83,8 @@ class MetaOptimizer(LightningModule):
             in place of `lr_scheduler`.
         gradient_clip: Largest norm of a meta-gradient; None leaves it as it is.
         max_skipped: *Outer steps* in a row with a meta-gradient that is not finite before the run is stopped.
-        meta_gradient: How the meta-gradient is had: `FirstOrder` (the paper, and the default) or `SecondOrder`.
+        meta_gradient: How the meta-gradient is had: `FirstOrder` (the paper, and the default), `SecondOrder` or
+            `EvolutionStrategies`.
         train_task: What is optimised in meta-training, where that differs from what the rule is evaluated on, such as
             `RandomScaling(task)`; it takes the same data.
         imitation: Of another optimizer, in meta-training: an `Imitation`, whose loss is logged as
@@ -139,7 +140,7 @@ class MetaOptimizer(LightningModule):
         check_at_least(1, MOST, num_steps=num_steps, unroll_length=unroll_length, final_steps=final_steps)
         check_at_least(1, max_skipped=max_skipped)
         check_flag(anneal=anneal, log_loss=log_loss)
-        check_type((MetaGradient, NoneType), "FirstOrder(), SecondOrder(), or None", meta_gradient=meta_gradient)
+        check_type((MetaGradient, NoneType), "one, such as FirstOrder(), or None", meta_gradient=meta_gradient)
         check_type((Imitation, NoneType), "Imitation(weight=100.0), or None", imitation=imitation)
         if num_steps % unroll_length:
             raise ValueError(

@@ -53,7 +53,7 @@ class Unroll:
         Raises:
             ValueError: The task's loss has the wrong shape, or is not finite at the start.
         """
-        episode = Episode.start(self.task, self.rule, batch, num_steps)
+        episode = self.meta_gradient.start(self.task, self.rule, batch, num_steps)
         weight = 0.0 if self.imitation is None else self.imitation.weight_at(epoch)
         if self.imitation is not None and weight:
             for part in episode.parts:

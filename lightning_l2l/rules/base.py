@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain
 from typing import Any, Literal
 
@@ -144,6 +145,37 @@ class UpdateRule(nn.Module, ABC):
             update[part], state[:, part] = self(gradient[part], state[:, part])
         return update
 
+    @torch.no_grad()
+    def step_each_(
+        self, weights: Mapping[str, Tensor], gradient: Tensor, state: Tensor, seen: Seen | None = None
+    ) -> Tensor:
+        """As `step_`, of each task by meta-parameters of its own.
+
+        Args:
+            weights: Those of each task, `[num_tasks, ...]`, by the names of `named_parameters`.
+            gradient: `[num_coordinates]` of all tasks, one task after the other.
+            state: As `init_states` made it.
+            seen: What else there is to see.
+
+        Returns:
+            The update `[num_coordinates]`.
+        """
+        num_tasks = len(next(iter(weights.values())))
+        gradients = gradient.view(num_tasks, -1)
+        states = state.view(self.state_size, *gradients.shape)
+        updates = torch.empty_like(gradients)
+        if gradient.is_cpu and type(self).step_ is not UpdateRule.step_:  # compiled, most likely
+            alone = _Step(self)
+            for k in range(num_tasks):
+                own = {f"rule.{name}": values[k] for name, values in weights.items()}
+                updates[k] = torch.func.functional_call(alone, own, (gradients[k], states[:, k]))
+            return updates.view(-1)
+        step = torch.func.vmap(partial(torch.func.functional_call, self), (0, (0, 1)), (0, 1))
+        for part in blocks(gradients.shape[1], max(block_size(gradient) // num_tasks, 8)):
+            given = gradients[:, part], states[:, :, part]
+            updates[:, part], states[:, :, part] = step(dict(weights), given)
+        return updates.view(-1)
+
     def init_state(
         self, num_coordinates: int, *, device: torch.device | None = None, dtype: torch.dtype | None = None
     ) -> Tensor:
@@ -181,6 +213,17 @@ class UpdateRule(nn.Module, ABC):
             block: Coordinates in a block; by default what suits the device.
         """
         return AutogradUnroll(self, num_coordinates, block=block)
+
+
+class _Step(nn.Module):
+    """`UpdateRule.step_` as a forward pass, for `functional_call`."""
+
+    def __init__(self, rule: UpdateRule) -> None:
+        super().__init__()
+        self.rule = rule
+
+    def forward(self, gradient: Tensor, state: Tensor) -> Tensor:
+        return self.rule.step_(gradient, state)
 
 
 class RuleUnroll(ABC):

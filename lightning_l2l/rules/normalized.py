@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import get_args
 
 import torch
@@ -192,14 +192,21 @@ class NormalizedMLP(TensorRule):
         return -over_tensor(rate, gradient) * direction, after
 
     @torch.no_grad()
-    def step_tensor_(self, gradient: Tensor, state: TensorState, theta: Tensor, moment: Moment) -> Tensor:
+    def step_tensor_(
+        self,
+        gradient: Tensor,
+        state: TensorState,
+        theta: Tensor,
+        moment: Moment,
+        weights: Mapping[str, Tensor] | None = None,
+    ) -> Tensor:
         """See `TensorRule.step_tensor_`; compiled, where that can be."""
-        library = fused_for(self.like, gradient, theta, *state)
+        library = fused_for(self.like, gradient, theta, *state, *(weights or {}).values())
         if library is None or len(self.kept) > MOST_MEANS or not all(one.is_contiguous() for one in state):
-            return super().step_tensor_(gradient, state, theta, moment)
+            return super().step_tensor_(gradient, state, theta, moment, weights)
         matrix = matrix_of(gradient.shape[1:])
         tensors = (gradient.contiguous(), theta.contiguous(), *state)
-        step = NormalizedStep(library, moment.once(self, lambda: self._pack(moment)), matrix, tensors)
+        step = NormalizedStep(library, moment.once(self, lambda: self._pack(moment, weights)), matrix, tensors)
         rate = self.rate(moment)
         if self.max_scale is not None:
             rate = rate * self._scale(step.second_sums / gradient[0].numel())
@@ -208,7 +215,7 @@ class NormalizedMLP(TensorRule):
         changed = orthogonalized(step.direction.view(-1, *matrix)).reshape(gradient.shape)
         return step.update_(rate, normalize=self.normalize, changed=changed.contiguous())
 
-    def _pack(self, moment: Moment) -> NormalizedNumbers:
+    def _pack(self, moment: Moment, given: Mapping[str, Tensor] | None) -> NormalizedNumbers:
         """What the kernel has to know of this rule, with the meta-parameters as they are at this moment."""
         numbers = NormalizedNumbers(
             hidden=self.hidden_size,
@@ -223,7 +230,8 @@ class NormalizedMLP(TensorRule):
         )
         numbers.gain1[: len(self.kept)] = (1 - torch.tensor(self.kept)).tolist()  # as 1 - beta is in float32
         if self.hidden_size:
-            weights = [one.detach().contiguous() for one in self.parameters()]
+            named = self.named_parameters()
+            weights = [(one if given is None else given[name]).detach().contiguous() for name, one in named]
             numbers.keep(weights, places_of(self.sees, len(self.kept), self.timed), torch.stack(times(moment), 1))
         return numbers
 

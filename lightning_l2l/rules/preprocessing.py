@@ -33,7 +33,7 @@ def log_and_sign(gradient: Tensor, p: float = 10.0) -> Tensor:
         https://arxiv.org/abs/1606.04474, 2016.
     """
     # The first bound, below the second, is for derivatives of the gradient: that of log is infinite at 0.
-    magnitude = gradient.abs().clamp_(min=math.exp(-p) / 2).log_().div_(p).clamp_(min=-1.0)
+    magnitude = gradient.abs().clamp(min=math.exp(-p) / 2).log_().div_(p).clamp(min=-1.0)
     sign = (gradient * math.exp(p)).clamp_(-1.0, 1.0)
     return torch.stack([magnitude, sign])
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -147,13 +148,45 @@ class TensorRule(UpdateRule):
         """What an optimizer's weight decay is multiplied with, as with AdamW's learning rate: `[num_tasks]`."""
         return torch.ones_like(moment.step)
 
-    def step_tensor_(self, gradient: Tensor, state: TensorState, theta: Tensor, moment: Moment) -> Tensor:
-        """As `forward`, without a graph and with the state changed in place."""
-        with torch.no_grad():
-            update, after = self(gradient, state, theta, moment)
-            for old, new in zip(state, after, strict=True):
-                old.copy_(new)
-        return update  # type: ignore[no-any-return]
+    @torch.no_grad()
+    def step_tensor_(
+        self,
+        gradient: Tensor,
+        state: TensorState,
+        theta: Tensor,
+        moment: Moment,
+        weights: Mapping[str, Tensor] | None = None,
+    ) -> Tensor:
+        """As `forward`, without a graph and with the state changed in place.
+
+        `weights` are meta-parameters of each task's own, `[num_tasks, ...]` each, by name.
+        """
+        step = self if weights is None else partial(self._with, weights)
+        update, after = step(gradient, state, theta, moment)
+        for old, new in zip(state, after, strict=True):
+            old.copy_(new)
+        return update
+
+    def _with(
+        self, weights: Mapping[str, Tensor], gradient: Tensor, state: TensorState, theta: Tensor, moment: Moment
+    ) -> tuple[Tensor, TensorState]:
+        """As `forward`, of each task by meta-parameters of its own."""
+
+        def one(weights: dict[str, Tensor], *tensors: Tensor, total: Tensor | None) -> tuple[Tensor, ...]:
+            gradient, theta, step = (tensor[None] for tensor in tensors[:3])
+            state = TensorState(tensors[3][:, None], tensors[4][None])
+            given = gradient, state, theta, Moment(step, None if total is None else total[None])
+            update, after = torch.func.functional_call(self, weights, given)
+            return update[0], after.coordinates[:, 0], after.vector[0]
+
+        tensors = gradient, theta, moment.step, *state
+        places = ({name: 0 for name in weights}, 0, 0, 0, 1, 0)
+        if moment.num_steps is None:
+            found = torch.func.vmap(partial(one, total=None), places, (0, 1, 0))(dict(weights), *tensors)
+        else:
+            timed = lambda total, *rest: one(*rest, total=total)  # noqa: E731
+            found = torch.func.vmap(timed, (0, *places), (0, 1, 0))(moment.num_steps, dict(weights), *tensors)
+        return found[0], TensorState(found[1], found[2])
 
     def init_tensor(
         self,
@@ -194,6 +227,13 @@ class TensorRule(UpdateRule):
     def step_(self, gradient: Tensor, state: Tensor, seen: Seen | None = None) -> Tensor:
         """See `UpdateRule.step_`."""
         found = [self.step_tensor_(*one) for one in self._tensors(gradient, state, seen)]
+        return torch.cat([each_task(update) for update in found], 1).flatten()
+
+    def step_each_(
+        self, weights: Mapping[str, Tensor], gradient: Tensor, state: Tensor, seen: Seen | None = None
+    ) -> Tensor:
+        """See `UpdateRule.step_each_`."""
+        found = [self.step_tensor_(*one, weights) for one in self._tensors(gradient, state, seen)]
         return torch.cat([each_task(update) for update in found], 1).flatten()
 
     def unroller(self, num_coordinates: int, num_steps: int, **options: Any) -> RuleUnroll:

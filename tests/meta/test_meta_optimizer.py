@@ -268,7 +268,7 @@ def test_bad_arguments(arguments, message):
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        ({"meta_gradient": "fast"}, r"meta_gradient='fast' is a str; give FirstOrder\(\), SecondOrder\(\), or None"),
+        ({"meta_gradient": "fast"}, r"meta_gradient='fast' is a str; give one, such as FirstOrder\(\), or None"),
         ({"imitation": 1.0}, r"imitation=1.0 is a float; give Imitation\(weight=100.0\), or None"),
     ],
 )

@@ -19,6 +19,7 @@ typedef struct {
   const long *places; /* of each input the first layer's column, -1 where it is not seen; from MOST_INPUTS on the moment's */
   const float *times; /* [tasks, times] */
   long columns;       /* of the first layer */
+  long each;          /* whether every task has weights of its own, one after the other */
 } Weights;
 
 typedef struct {
@@ -56,6 +57,19 @@ typedef struct {
 INLINE long inputs_of(const Rule *rule, const Tensor *t) { return 6 + (t->rows ? 4 : 2) * rule->means; }
 INLINE long min_of(long a, long b) { return a < b ? a : b; }
 INLINE long blocks_of(const Tensor *t) { return (t->size + BLOCK - 1) / BLOCK; }
+
+/* Those of a task. */
+static Weights weights_of(const Rule *rule, long of) {
+  Weights w = rule->weights;
+  long task = w.each ? of : 0, hidden = rule->hidden;
+  w.hidden += task * hidden * w.columns;
+  w.hidden_bias += task * hidden;
+  w.second += task * hidden * hidden;
+  w.second_bias += task * hidden;
+  w.readout += task * rule->outputs * hidden;
+  w.readout_bias += task * rule->outputs;
+  return w;
+}
 
 /* What a running mean with 1 - beta = gain is divided by after so many steps. */
 static double weight_of(float gain, double steps) {
@@ -325,7 +339,7 @@ INLINE long second_size(const Rule *rule) { return padded(rule->hidden, 4) * (3 
 /* The division of each input by its root mean square is in the first layer's weights; `sums` as remember() made them. */
 static void pack(const Rule *rule, const Tensor *t, long of, const double *sums, Task *task) {
   long inputs = inputs_of(rule, t), hidden = rule->hidden, wide = padded(hidden, 4);
-  const Weights *w = &rule->weights;
+  const Weights own = weights_of(rule, of), *w = &own;
   float size[MOST_OWN];
   for (long k = 0; k < inputs; k++) size[k] = root_mean(sums[k], (double)t->size);
   for (long j = 0; j < wide; j++) {
@@ -348,8 +362,8 @@ static void pack(const Rule *rule, const Tensor *t, long of, const double *sums,
 
 /* What the inputs of rows and columns, (rows, columns, inverse_rows, inverse_columns), add to the first layer's sums. counts
  * [rows + columns]: of coordinates that have moved. */
-static void pack_factors(const Rule *rule, const Tensor *t, Task *task, const float *restrict counts) {
-  const Weights *w = &rule->weights;
+static void pack_factors(const Rule *rule, const Tensor *t, long of, Task *task, const float *restrict counts) {
+  const Weights own = weights_of(rule, of), *w = &own;
   long both = t->rows + t->columns, wide = padded(rule->hidden, 4), first = 6 + 4 * rule->means;
   memset(task->by_row, 0, wide * both * sizeof(float));
   for (long kind = 0; kind < 4 * rule->means; kind++) {
@@ -420,7 +434,7 @@ INLINE void second_layer(const int units, long j, const Task *task, const float 
  * number. */
 INLINE void correct(const long means, const int outputs, const Rule *rule, const Tensor *t, const Task *task, long of,
                     long block, float *restrict h, double *restrict sums) {
-  const Weights *w = &rule->weights;
+  const Weights own = weights_of(rule, of), *w = &own;
   long inputs = inputs_of(rule, t), units = padded(rule->hidden, 4) / 4, j;
   long end = min_of((block + 1) * BLOCK, t->size), at = block * BLOCK;
   float *direction = t->direction + of * t->size;
@@ -550,7 +564,7 @@ void normalized_direction(const Rule *rule, const Tensor *t, long threads, char 
           join_bands(t, counts);
         else
           for (long k = 0; k < both; k++) counts[k] = (float)(k < t->rows ? t->columns : t->rows);
-        pack_factors(rule, t, tasks + i, counts);
+        pack_factors(rule, t, i, tasks + i, counts);
       }
     }
     if (rule->hidden) {

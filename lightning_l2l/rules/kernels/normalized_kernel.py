@@ -24,7 +24,7 @@ class _Weights(ctypes.Structure):
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("hidden", "hidden_bias", "second", "second_bias")),
         *((name, ctypes.c_void_p) for name in ("readout", "readout_bias", "places", "times")),
-        ("columns", ctypes.c_long),
+        *((name, ctypes.c_long) for name in ("columns", "each")),
     )
 
 
@@ -42,12 +42,13 @@ class NormalizedNumbers(ctypes.Structure):
         """Hold on to the MLP.
 
         Args:
-            weights: Of its three layers, weight and bias each, contiguous.
+            weights: Of its three layers, weight and bias each, contiguous; of every task, if they begin with that
+                dimension.
             places: See `places_of`.
             times: The moment, `[num_tasks, 2]`, contiguous.
         """
         self.kept = (*weights, places, times)
-        self.weights = _Weights(*(one.data_ptr() for one in self.kept), weights[0].shape[1])
+        self.weights = _Weights(*(one.data_ptr() for one in self.kept), weights[0].shape[-1], weights[0].dim() > 2)
 
 
 class _Tensor(ctypes.Structure):
