@@ -34,7 +34,7 @@ def log_and_sign(gradient: Tensor, p: float = 10.0) -> Tensor:
     """
     # The first bound, below the second, is for derivatives of the gradient: that of log is infinite at 0.
     magnitude = gradient.abs().clamp(min=math.exp(-p) / 2).log_().div_(p).clamp(min=-1.0)
-    sign = (gradient * math.exp(p)).clamp_(-1.0, 1.0)
+    sign = (gradient * math.exp(p)).clamp(-1.0, 1.0)
     return torch.stack([magnitude, sign])
 
 
