@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ from lightning_l2l.meta.meta_gradient import MetaGradient, Truncation, attached,
 from lightning_l2l.rules.base import UpdateRule
 from lightning_l2l.tasks.base import Batch, Task
 from lightning_l2l.tasks.batches import get_entries
+from lightning_l2l.tasks.minibatches import Minibatches
 
 #: How long a perturbation lasts.
 Lasts = Literal["truncation", "episode"]
@@ -80,9 +81,8 @@ class EvolutionStrategies(MetaGradient):
 
     def start(self, task: Task, rule: UpdateRule, batch: Batch, num_steps: int | None) -> Episode:
         """See `MetaGradient.start`: an episode of twice as many tasks."""
-        episode = super().start(
-            task, rule, {name: torch.cat([given, given]) for name, given in batch.items()}, num_steps
-        )
+        twice = {name: _twice(given) for name, given in batch.items()}
+        episode = super().start(task, rule, twice, num_steps)
         size = sum(p.numel() for p in rule.parameters())
         bound = torch.full_like(episode.losses, torch.inf)
         if self.largest is not None:
@@ -129,6 +129,13 @@ class EvolutionStrategies(MetaGradient):
             generator = torch.Generator().manual_seed((seed * 2_654_435_761 + step * 40_503 + 1) % 2**63)
             rows.append(torch.randn(total.shape[1], generator=generator))
         return self.std * torch.stack(rows).to(total)
+
+
+def _twice(given: Tensor | Minibatches) -> Any:
+    """An entry of a batch, for the first of each pair and then for the second."""
+    if isinstance(given, Minibatches):
+        return Minibatches(given.pool, torch.cat([given.order, given.order]))
+    return torch.cat([given, given])
 
 
 def _perturbed(parameters: Sequence[Tensor], perturbation: Tensor) -> dict[Tensor, Tensor]:

@@ -5,12 +5,13 @@ import pytest
 import torch
 from torch import nn
 
-from commandline import TINY_FIT
+from commandline import TINY_FIT, mnist
 from lightning_l2l import EvolutionStrategies, SecondOrder, UpdateRule, main
 from lightning_l2l.meta.unroll import Unroll
 from lightning_l2l.rules import CoordinatewiseLSTM, NormalizedMLP, RNNprop, RuleGroups
 from lightning_l2l.rules.base import Seen
 from lightning_l2l.tasks import MLP, NetworkTask, Quadratic
+from lightning_l2l.tasks.minibatches import Minibatches, Pool
 
 
 def stirred(rule, std=0.3):
@@ -193,6 +194,19 @@ def test_a_pair_has_one_start_and_the_same_minibatches():
     assert truncation.losses.shape == (6, 3)
 
 
+def test_minibatches_that_are_cut_out_of_a_pool_are_those_of_a_tensor():
+    g = torch.Generator().manual_seed(2)
+    pool, order = Pool(torch.randn(40, 5, generator=g)), torch.randint(0, 40, (3, 7, 8), generator=g, dtype=torch.int32)
+    rest = {"targets": torch.randint(0, 3, (3, 7, 8), generator=g), "seed": torch.arange(3)}
+    rule, task = stirred(NormalizedMLP()), NetworkTask(MLP(5, 4, out_features=3))
+    drawn = Minibatches(pool, order)
+    found = [
+        meta_gradient(rule, EvolutionStrategies(), {"inputs": inputs, **rest}, task=task)[0]
+        for inputs in (drawn, drawn[:])
+    ]
+    assert torch.equal(*found)
+
+
 def test_groups_of_rules_are_perturbed_together():
     lstm, other = CoordinatewiseLSTM(hidden_size=3), NormalizedMLP(hidden_size=3)
     rule = stirred(RuleGroups({"*weight": other, "!*weight": lstm}))
@@ -267,6 +281,21 @@ def test_it_trains():
         losses.append(float(truncation.losses[-1].mean()))
     assert rule.log_lr.item() > before + 1
     assert sum(losses[-10:]) < 0.7 * sum(losses[:10])
+
+
+def test_it_trains_on_images(in_tmp_path, mnist_root):
+    """By the command line: batches of another make."""
+    flags = ["--model.meta_gradient=EvolutionStrategies", "--model.log_loss=true", "--curves.baselines=[]"]
+    main(
+        [
+            "fit",
+            *mnist(mnist_root, *flags),
+            "--data.num_tasks=2",
+            "--data.episodes_per_epoch=1",
+            "--trainer.max_epochs=1",
+        ]
+    )
+    assert list(in_tmp_path.rglob("last.ckpt"))
 
 
 def test_a_run_of_it_goes_on_bit_for_bit(in_tmp_path):
