@@ -97,7 +97,9 @@ class EvolutionStrategies(MetaGradient):
         parameters: list[Tensor] = list(episode.rule.parameters())
         own = self._perturbation(episode)
         pairs.total = pairs.total + own if self.lasts == "truncation" else own
-        perturbed = _perturbed(parameters, torch.cat([own, -own]))
+        sizes = [p.numel() for p in parameters]
+        offsets = torch.split(torch.cat([own, -own]), sizes, 1)
+        perturbed = {p: p.detach() + e.view(-1, *p.shape) for p, e in zip(parameters, offsets, strict=True)}
         particles = [{name: perturbed[p] for name, p in part.rule.named_parameters()} for part in episode.parts]
         losses = []
         for _ in range(num_steps):
@@ -114,8 +116,7 @@ class EvolutionStrategies(MetaGradient):
         difference = of_particle[:num_pairs] - of_particle[num_pairs:]
         difference = difference.sign() / self.std if self.sign else difference / (2 * self.std**2)
         found = difference @ pairs.total / num_pairs
-        parts = torch.split(found, [p.numel() for p in parameters])
-        gradients = [part.view_as(p) for part, p in zip(parts, parameters, strict=True)]
+        gradients = [part.view_as(p) for part, p in zip(torch.split(found, sizes), parameters, strict=True)]
         meta_loss = attached(of_particle.mean(), gradients, parameters)
         return Truncation(stacked.view(num_steps, 2, num_pairs).mean(1), meta_loss, stacked.new_zeros(()))
 
@@ -136,9 +137,3 @@ def _twice(given: Tensor | Minibatches) -> Any:
     if isinstance(given, Minibatches):
         return Minibatches(given.pool, torch.cat([given.order, given.order]))
     return torch.cat([given, given])
-
-
-def _perturbed(parameters: Sequence[Tensor], perturbation: Tensor) -> dict[Tensor, Tensor]:
-    """Meta-parameters of each particle, `[num_particles, ...]`."""
-    parts = torch.split(perturbation, [p.numel() for p in parameters], 1)
-    return {p: p.detach() + e.view(-1, *p.shape) for p, e in zip(parameters, parts, strict=True)}
