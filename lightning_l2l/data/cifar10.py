@@ -10,8 +10,9 @@ from torch import Tensor
 
 from lightning_l2l.arguments import brief, check_type
 from lightning_l2l.data import cifar10_files as files
-from lightning_l2l.data.episodes import Sample, Stage
+from lightning_l2l.data.episodes import Stage
 from lightning_l2l.data.images import ImageDataModule
+from lightning_l2l.data.loading import Sample
 from lightning_l2l.data.options import ImageOptions, Unpack
 from lightning_l2l.tasks.minibatches import Minibatches, Pool
 

@@ -5,25 +5,26 @@ travels with the index from the sampler to the worker, so that a worker needs no
 outlive the epoch.
 """
 
-import multiprocessing
-import os
-import signal
-import threading
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
 from hashlib import blake2b
 from typing import Any, Literal
 
 import torch
 from lightning.pytorch import LightningDataModule
-from torch import Tensor, distributed
-from torch.utils.data import DataLoader, Dataset, DistributedSampler, default_collate, get_worker_info
+from torch.utils.data import DataLoader, Dataset
 
 from lightning_l2l.arguments import MOST, check_at_least, check_fits_memory
+from lightning_l2l.data.loading import (
+    EpisodeLoader,
+    EpisodeSampler,
+    Sample,
+    leave_stopping_to_the_run,
+    num_processes,
+    side_by_side,
+)
 from lightning_l2l.tasks.minibatches import Minibatches
 
 Stage = Literal["train", "val", "test"]
-Sample = dict[str, Tensor | Minibatches]
 
 MOST_SEED = 2**64 - 1
 _MOST_WORKERS = 256
@@ -56,72 +57,6 @@ def task_seed(seed: int, stage: str, epoch: int, index: int) -> int:
     check_at_least(0, MOST_SEED, seed=seed)
     digest = blake2b(f"{seed}/{stage}/{epoch}/{index}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") >> 1
-
-
-class EpisodeSampler(DistributedSampler[tuple[int, int]]):
-    """Hands out the pairs (epoch, index) of this process, in order.
-
-    Process r of R takes the indices r, r + R, r + 2R, ...: the j-th batches of size b of all processes
-    together are exactly the indices from j*b*R to (j+1)*b*R, those of the j-th batch of one process with b*R
-    tasks. It is a `DistributedSampler` because Lightning leaves such a sampler alone and tells it the epoch.
-
-    Args:
-        num_tasks: Number of tasks in an epoch, over all processes.
-        fixed: Whether every epoch has the tasks of epoch 0, as validation and test want it.
-        num_done: Says, at the start of an iteration, how many of this process' tasks are to be left out.
-        num_replicas: Number of processes. Default: asks `torch.distributed`; 1 if it is not initialised.
-        rank: Number of this process, from 0. Default: asks `torch.distributed`; 0 if it is not initialised.
-
-    Raises:
-        ValueError: If the tasks cannot be shared out evenly; padding would count some of them twice.
-    """
-
-    def __init__(
-        self,
-        num_tasks: int,
-        fixed: bool = False,
-        num_done: Callable[[], int] = lambda: 0,
-        num_replicas: int | None = None,
-        rank: int | None = None,
-    ) -> None:
-        num_replicas = _num_processes() if num_replicas is None else num_replicas
-        rank = (distributed.get_rank() if _is_distributed() else 0) if rank is None else rank
-        if num_tasks % num_replicas:
-            lower = num_tasks - num_tasks % num_replicas
-            allowed = f"{lower} or {lower + num_replicas}" if lower else f"{num_replicas}"
-            raise ValueError(
-                f"{num_tasks} tasks cannot be shared out evenly over {num_replicas} processes; "
-                f"use {allowed} tasks, or another number of devices"
-            )
-        # The parent only takes the length of what it is given.
-        super().__init__(range(num_tasks), num_replicas, rank, shuffle=False)  # type: ignore[arg-type]
-        self.fixed, self.num_done = fixed, num_done
-
-    def __iter__(self) -> Iterator[tuple[int, int]]:
-        epoch = 0 if self.fixed else self.epoch
-        first = self.rank + self.num_done() * self.num_replicas
-        return ((epoch, index) for index in range(first, self.total_size, self.num_replicas))
-
-
-class EpisodeLoader(DataLoader[Sample]):
-    """A DataLoader with which a run that stopped within an epoch goes on at the episode it had not finished.
-
-    Two things stand in the way of that in an ordinary DataLoader. It draws the first indices when the
-    iterator is made, and Lightning makes the iterator before it sets the epoch: here nothing happens until
-    the first batch is asked for. And Lightning counts the batches but does not skip them: the sampler's
-    `num_done` does. The position is the Trainer's own, saved with the loops, so `state_dict` has nothing to
-    add; that it exists says "resumable" to Lightning.
-    """
-
-    def __iter__(self) -> Iterator[Sample]:  # type: ignore[override]  # a generator, so that it starts late
-        yield from super().__iter__()
-
-    def state_dict(self) -> dict[str, Any]:
-        """Nothing: the Trainer's progress is the state."""
-        return {}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Nothing to restore."""
 
 
 class EpisodeDataModule(LightningDataModule, ABC):
@@ -232,7 +167,7 @@ class EpisodeDataModule(LightningDataModule, ABC):
 
     def train_dataloader(self) -> DataLoader[Sample]:
         """Returns `episodes_per_epoch` batches of `num_tasks` tasks on each process."""
-        width = self.num_tasks * _num_processes()
+        width = self.num_tasks * num_processes()
         total = self.episodes_per_epoch * width
         sampler = EpisodeSampler(total, num_done=self._num_done)
         return EpisodeLoader(_Episodes(self, "train", total, width), **self._options(self.num_tasks, sampler))
@@ -251,7 +186,7 @@ class EpisodeDataModule(LightningDataModule, ABC):
 
     def _eval_dataloader(self, stage: Stage, total: int) -> DataLoader[Sample]:
         sampler = EpisodeSampler(total, fixed=True)
-        episodes = _Episodes(self, stage, total, self.eval_tasks * _num_processes())
+        episodes = _Episodes(self, stage, total, self.eval_tasks * num_processes())
         return DataLoader(episodes, **self._options(self.eval_tasks, sampler))
 
     def _options(self, batch_size: int, sampler: EpisodeSampler) -> dict[str, Any]:
@@ -259,11 +194,11 @@ class EpisodeDataModule(LightningDataModule, ABC):
         return dict(
             batch_size=batch_size,
             sampler=sampler,
-            collate_fn=_side_by_side,
+            collate_fn=side_by_side,
             num_workers=self.num_workers,
             persistent_workers=self.num_workers > 0,
             pin_memory=torch.cuda.is_available(),
-            worker_init_fn=_leave_stopping_to_the_run if self.num_workers else None,
+            worker_init_fn=leave_stopping_to_the_run if self.num_workers else None,
         )
 
     def _num_done(self) -> int:
@@ -310,41 +245,3 @@ class _Episodes(Dataset[Sample]):
             sample["seed"] = torch.tensor(task_seed(self.data.seed, f"{self.stage}/start", epoch, index))
             samples.append(sample)
         return samples
-
-
-def _side_by_side(samples: list[Sample]) -> Sample:
-    """The samples of several tasks as those of a batch; a worker hands over no pool, but what was drawn from it."""
-    drawn = get_worker_info() is not None
-    batch: Sample = {}
-    for name, first in samples[0].items():
-        values: list[Any] = [sample[name] for sample in samples]
-        if isinstance(first, Minibatches):
-            batch[name] = Minibatches.stack(values)[:] if drawn else Minibatches.stack(values)
-        else:
-            batch[name] = default_collate(values)
-    return batch
-
-
-def _leave_stopping_to_the_run(worker: int) -> None:
-    """Let a worker stay when Ctrl-C or a cluster's SIGTERM reaches all processes: the run finishes its episode."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    run = multiprocessing.parent_process()  # not os.getppid(), which may be a server that has forked the worker
-    if run is None or not hasattr(signal, "sigwaitinfo"):  # without it nobody knows who sends a signal
-        return
-    boss = run.pid
-
-    def wait() -> None:
-        while signal.sigwaitinfo({signal.SIGTERM}).si_pid != boss:
-            pass
-        os._exit(128 + signal.SIGTERM)  # the run ends a worker that hangs
-
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-    threading.Thread(target=wait, daemon=True).start()
-
-
-def _is_distributed() -> bool:
-    return distributed.is_available() and distributed.is_initialized()
-
-
-def _num_processes() -> int:
-    return distributed.get_world_size() if _is_distributed() else 1

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 
 from lightning_l2l.arguments import check_type
-from lightning_l2l.data.episodes import EpisodeDataModule, Sample, Stage
+from lightning_l2l.data.episodes import EpisodeDataModule, Stage
+from lightning_l2l.data.loading import Sample
 from lightning_l2l.data.options import EpisodeOptions, Unpack
 
 # The package imports `data` first; what `tasks` needs of it is imported above.

@@ -10,7 +10,8 @@ from typing import Any, cast
 import torch
 
 from lightning_l2l.arguments import brief, check_type, is_number
-from lightning_l2l.data.episodes import EpisodeDataModule, Sample, Stage, task_seed
+from lightning_l2l.data.episodes import EpisodeDataModule, Stage, task_seed
+from lightning_l2l.data.loading import Sample
 from lightning_l2l.data.options import EpisodeOptions, Unpack
 
 # The package imports `data` first; what `tasks` needs of it is imported above.

@@ -50,3 +50,4 @@ class ImageOptions(PoolOptions, total=False):
 
     download: bool
     num_unseen: int
+    image_size: int | None

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from lightning_l2l.arguments import check_at_least
-from lightning_l2l.data.episodes import EpisodeDataModule, Sample, Stage
+from lightning_l2l.data.episodes import EpisodeDataModule, Stage
+from lightning_l2l.data.loading import Sample
 from lightning_l2l.data.options import CommonOptions, Unpack
 from lightning_l2l.tasks.minibatches import Minibatches, Pool
 

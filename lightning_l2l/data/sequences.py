@@ -4,7 +4,8 @@ import torch
 from torch import Tensor
 
 from lightning_l2l.arguments import check_at_least, check_fits_memory
-from lightning_l2l.data.episodes import EpisodeDataModule, Sample, Stage
+from lightning_l2l.data.episodes import EpisodeDataModule, Stage
+from lightning_l2l.data.loading import Sample
 from lightning_l2l.data.options import CommonOptions, Unpack
 
 _MOST_TOKENS = 256  # that a byte can tell apart

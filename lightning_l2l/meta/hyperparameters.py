@@ -13,6 +13,12 @@ from lightning_l2l.rules.describe import describe, describe_call
 #: Arguments of before, which `meta_gradient` and `imitation` hold now.
 _OF_BEFORE = ("second_derivatives", "memory", "memory_budget", "imitation_epochs")
 
+#: Arguments of plain types, kept as attributes of the same name.
+_PLAIN = (
+    *("num_steps", "unroll_length", "loss_weights", "final_steps", "lr", "anneal", "gradient_clip", "max_skipped"),
+    *("log_loss", "min_steps", "num_episodes"),
+)
+
 
 def describe_imitation(imitation: Imitation) -> dict[str, Any] | None:
     """An imitation as a configuration has it; None where its teacher or schedule is somebody's own function."""
@@ -46,3 +52,19 @@ def as_of_now(given: Mapping[str, Any]) -> dict[str, Any]:
             )
         found["imitation"] = None
     return found
+
+
+def hyperparameters_of(module: Any) -> dict[str, Any]:
+    """What a checkpoint says of a MetaOptimizer, in plain types."""
+    try:
+        described = {"task": describe(module.task), "train_task": module.train_task and describe(module.train_task)}
+    except ValueError:  # somebody's own network; who loads the checkpoint has to bring it along
+        described = {}
+    return {
+        **described,
+        "rule": describe(module.rule),
+        **{name: getattr(module, name) for name in _PLAIN},
+        "meta_gradient": describe(module.meta_gradient),
+        "imitation": module.imitation and describe_imitation(module.imitation),
+        "_instantiator": "lightning.pytorch.cli.instantiate_module",
+    }

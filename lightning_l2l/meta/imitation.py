@@ -74,6 +74,16 @@ class Lessons:
         schedule: Callable[[Any], LRScheduler] | None = imitation.schedule
         self.schedule = schedule and schedule(self.teacher)
 
+    def state_dict(self) -> list[Any]:
+        """The teacher's state, and its schedule's."""
+        return [self.teacher.state_dict(), self.schedule and self.schedule.state_dict()]
+
+    def load_state_dict(self, state: list[Any]) -> None:
+        """Go on as the teacher that gave this `state_dict`."""
+        self.teacher.load_state_dict(state[0])
+        if self.schedule is not None:
+            self.schedule.load_state_dict(state[1])
+
     @torch.no_grad()
     def taught(self, gradient: Tensor) -> Tensor:
         """The teacher's update for a gradient `[num_tasks, coordinates of one]`; its state moves on."""

@@ -29,9 +29,10 @@ from lightning_l2l.arguments import (
 from lightning_l2l.evaluation.results import final_losses
 from lightning_l2l.evaluation.rollout import Rollout, SideBySide, rollout
 from lightning_l2l.meta.first_order import FirstOrder
-from lightning_l2l.meta.hyperparameters import as_of_now, describe_imitation
+from lightning_l2l.meta.hyperparameters import as_of_now, hyperparameters_of
 from lightning_l2l.meta.imitation import Imitation
 from lightning_l2l.meta.meta_gradient import MetaGradient
+from lightning_l2l.meta.underway import Underway, check_episodes, drawn_length, kept_of_all, taken_up
 from lightning_l2l.meta.unroll import Unroll
 from lightning_l2l.rules import UpdateRule
 from lightning_l2l.rules.describe import describe
@@ -95,6 +96,10 @@ class MetaOptimizer(LightningModule):
         log_loss: Meta-train on logarithms: `train/meta_loss` sums w_t log(mean over a process' tasks of f_t), so that
             episodes of a `Mixture`, and early and late steps, count alike, whatever the scale of their losses. For
             tasks whose loss is not negative. Validation figures stay as they are.
+        min_steps: *Inner steps* of the shortest episodes of meta-training, a multiple of `unroll_length`: lengths are
+            drawn, log-uniformly, between it and `num_steps`. None: all have `num_steps`.
+        num_episodes: Episodes of meta-training under way at once, each of another batch: an outer step is that of the
+            mean of their meta-gradients, over a truncation of each. With `min_steps` they are at different steps.
 
     Raises:
         FileNotFoundError: There is no rule at `start`.
@@ -132,6 +137,8 @@ class MetaOptimizer(LightningModule):
         imitation: Imitation | None = None,
         start: str | None = None,
         log_loss: bool = False,
+        min_steps: int | None = None,
+        num_episodes: int = 1,
     ) -> None:
         super().__init__()
         check_type(Task, "a Task, such as Quadratic()", task=task)
@@ -142,10 +149,6 @@ class MetaOptimizer(LightningModule):
         check_flag(anneal=anneal, log_loss=log_loss)
         check_type((MetaGradient, NoneType), "one, such as FirstOrder(), or None", meta_gradient=meta_gradient)
         check_type((Imitation, NoneType), "Imitation(weight=100.0), or None", imitation=imitation)
-        if num_steps % unroll_length:
-            raise ValueError(
-                f"unroll_length={unroll_length} does not divide num_steps={num_steps}; use {_divisors(num_steps)}"
-            )
         if final_steps > num_steps:
             raise ValueError(f"final_steps={final_steps} exceeds num_steps={num_steps}; use 1 to {num_steps}")
         if anneal and lr_scheduler is not None:
@@ -158,14 +161,18 @@ class MetaOptimizer(LightningModule):
             check_callable("a function of the optimizer that makes a schedule", lr_scheduler=lr_scheduler)
         if start is not None:
             start_from(start, rule)
+        check_episodes(num_steps, unroll_length, min_steps, num_episodes)
         self.automatic_optimization = False
         self.task, self.rule = task, rule
         self.num_steps, self.unroll_length, self.lr = num_steps, unroll_length, lr
         self.loss_weights, self.final_steps = loss_weights, final_steps
         self.train_steps = num_steps  # of episodes in meta-training; a Curriculum may set it lower
-        self.weights = LOSS_WEIGHTS[loss_weights](num_steps)
+        self.weights = self.weights_of(num_steps)
+        self.min_steps, self.num_episodes = min_steps, num_episodes
+        self.underway: list[Underway] = []
+        self._kept: list[Any] = []  # of a checkpoint's, until training starts
         self.optimizer, self.lr_scheduler, self.anneal = optimizer, lr_scheduler, anneal
-        self.gradient_clip, self.max_skipped = gradient_clip, max_skipped
+        self.gradient_clip, self.max_skipped, self.log_loss = gradient_clip, max_skipped, log_loss
         self.train_task = train_task
         self.meta_gradient, self.imitation = meta_gradient or FirstOrder(), imitation
         self.unroll = Unroll(train_task or task, rule, self.meta_gradient, imitation, log_loss)
@@ -173,28 +180,7 @@ class MetaOptimizer(LightningModule):
         # "disable": a loss that is no number must show, not drop out of the mean.
         names = ("final_loss", "trajectory_loss", "meta_loss", "unseen_loss", "unseen_accuracy")
         self.val_metrics = nn.ModuleDict({name: MeanMetric(nan_strategy="disable") for name in names})
-        try:
-            described = {"task": describe(task), "train_task": train_task and describe(train_task)}
-        except ValueError:  # somebody's own network; who loads the checkpoint has to bring it along
-            described = {}
-        self.save_hyperparameters(
-            {
-                **described,
-                "rule": describe(rule),
-                "num_steps": num_steps,
-                "unroll_length": unroll_length,
-                "loss_weights": loss_weights,
-                "final_steps": final_steps,
-                "lr": lr,
-                "anneal": anneal,
-                "gradient_clip": gradient_clip,
-                "max_skipped": max_skipped,
-                "meta_gradient": describe(self.meta_gradient),
-                "imitation": imitation and describe_imitation(imitation),
-                "log_loss": log_loss,
-                "_instantiator": "lightning.pytorch.cli.instantiate_module",
-            }
-        )
+        self.save_hyperparameters(hyperparameters_of(self))
 
     def configure_optimizers(self) -> Any:
         """The meta-optimizer at the meta-learning rate, with its schedule.
@@ -221,33 +207,49 @@ class MetaOptimizer(LightningModule):
             return optimizer
         return {"optimizer": optimizer, "lr_scheduler": self.lr_scheduler(optimizer)}
 
+    def weights_of(self, num_steps: int) -> list[float]:
+        """w_1 .. w_T of an episode of T = `num_steps` inner steps."""
+        return LOSS_WEIGHTS[self.loss_weights](num_steps)
+
+    def on_train_start(self) -> None:
+        """Take up the episodes that were under way in the checkpoint, if there was one."""
+        self.underway = taken_up(self._kept, self) if self._kept else []
+        self._kept = []
+
     def training_step(self, batch: Batch, batch_idx: int) -> None:
-        """One episode, one outer step a truncation."""
-        optimizer = self.optimizers()
-        episode = self.unroll.start(batch, self.current_epoch, self.train_steps)
-        total, largest, imitated = (torch.zeros((), device=self.device) for _ in range(3))
-        weights_of_all = LOSS_WEIGHTS[self.loss_weights](self.train_steps)
-        for first in range(0, self.train_steps, self.unroll_length):
-            weights = weights_of_all[first : first + self.unroll_length]
+        """Begin an episode, and make outer steps, one a truncation of all under way, until one of them ends."""
+        optimizer, origin = self.optimizers(), (self.current_epoch, batch_idx)
+        steps = self.train_steps
+        if self.min_steps is not None:
+            seed = getattr(getattr(self.trainer, "datamodule", None), "seed", 0)
+            steps = drawn_length(min(self.min_steps, steps), steps, self.unroll_length, seed, origin)
+        self.underway.append(Underway.start(self.unroll, batch, origin, self.weights_of(steps)))
+        while len(self.underway) == self.num_episodes:
             optimizer.zero_grad()  # type: ignore[union-attr]
-            truncation = self.unroll.run(episode, self.unroll_length, weights)
-            imitated += truncation.imitation_loss
-            if not any(weights) and not episode.imitates:
-                continue
-            self.manual_backward(truncation.meta_loss)
-            norm = torch.nn.utils.get_total_norm([p.grad for p in self.rule.parameters() if p.grad is not None])
-            total += truncation.meta_loss.detach()
-            largest = torch.maximum(largest, norm)
-            self._outer_step(optimizer, float(norm))
-        total = cast(Tensor, self.trainer.strategy.reduce(total, reduce_op="mean"))  # over ranks
+            found = [one.run(self.unroll, self.unroll_length) for one in self.underway]
+            losses = [meta_loss for meta_loss in found if meta_loss is not None]
+            if losses:
+                self.manual_backward(torch.stack(losses).sum() / self.num_episodes)
+                norm = torch.nn.utils.get_total_norm([p.grad for p in self.rule.parameters() if p.grad is not None])
+                for one in self.underway:
+                    one.largest = torch.maximum(one.largest, norm)
+                self._outer_step(optimizer, float(norm))
+            if ended := [one for one in self.underway if one.ended]:
+                self.underway = [one for one in self.underway if not one.ended]
+                self._log_episodes(ended)
+
+    def _log_episodes(self, ended: list[Underway]) -> None:
+        mean = self.trainer.strategy.reduce  # over ranks
+        total = cast(Tensor, mean(torch.stack([one.meta_loss for one in ended]).mean(), reduce_op="mean"))
         values: dict[str, Any] = {
             "train/meta_loss": total,
-            "train/meta_gradient_norm": largest,
+            "train/meta_gradient_norm": max(float(one.largest) for one in ended),
             "train/skipped": self.skipped,
-            "train/num_steps": float(self.train_steps),
+            "train/num_steps": sum(float(len(one.weights)) for one in ended) / len(ended),
         }
         if self.imitation is not None and self.imitation.weight:
-            values["train/imitation_loss"] = cast(Tensor, self.trainer.strategy.reduce(imitated, reduce_op="mean"))
+            imitated = torch.stack([one.imitation_loss for one in ended]).mean()
+            values["train/imitation_loss"] = cast(Tensor, mean(imitated, reduce_op="mean"))
         self.log_dict({**values, "step": float(self.global_step)}, batch_size=1)
         self.log("meta_loss", total, prog_bar=True, logger=False, batch_size=1)
 
@@ -311,8 +313,9 @@ class MetaOptimizer(LightningModule):
         return self.test_step(batch, batch_idx)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep the count of skipped outer steps."""
+        """Keep the count of skipped outer steps, and the episodes that are under way."""
         checkpoint["skipped"] = [self.skipped, self.skipped_in_a_row]
+        checkpoint["underway"] = kept_of_all(self.underway)
 
     @classmethod
     def load_from_checkpoint(cls, checkpoint_path: Any, *args: Any, **kwargs: Any) -> MetaOptimizer:
@@ -343,8 +346,4 @@ class MetaOptimizer(LightningModule):
             flags = " ".join(f"--model.rule.{k} {v}" for k, v in changed.items())
             raise ValueError(f"the checkpoint's rule is not the one asked for ({here}); use {flags}")
         self.skipped, self.skipped_in_a_row = checkpoint.get("skipped", (0, 0))
-
-
-def _divisors(number: int) -> str:
-    found = [str(d) for d in range(1, number + 1) if number % d == 0]
-    return " or ".join([", ".join(found[:-1]), found[-1]]) if len(found) > 1 else found[0]
+        self._kept = checkpoint.get("underway", [])

@@ -8,7 +8,8 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch.utils.data import BatchSampler
 
 from lightning_l2l.data import EpisodeDataModule, QuadraticDataModule
-from lightning_l2l.data.episodes import EpisodeSampler, task_seed
+from lightning_l2l.data.episodes import task_seed
+from lightning_l2l.data.loading import EpisodeSampler
 
 pytestmark = [
     # Lightning 2.6 meets torch 2.10: https://github.com/Lightning-AI/pytorch-lightning/issues/21326

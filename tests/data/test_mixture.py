@@ -25,7 +25,7 @@ from lightning_l2l import (
     main,
 )
 from lightning_l2l.data import episodes
-from lightning_l2l.data.episodes import EpisodeSampler
+from lightning_l2l.data.loading import EpisodeSampler
 from lightning_l2l.meta.meta_optimizer import MetaOptimizer
 
 pytestmark = [
@@ -102,7 +102,7 @@ def test_a_task_alone_is_of_a_member_that_its_generator_draws():
 @pytest.mark.parametrize("stage", ["train", "val"])
 def test_members_and_tasks_do_not_depend_on_ranks(stage, monkeypatch):
     one = list(getattr(mixture(num_tasks=4), f"{stage}_dataloader")())
-    monkeypatch.setattr(episodes, "_num_processes", lambda: 2)
+    monkeypatch.setattr(episodes, "num_processes", lambda: 2)
     parts = []
     for rank in range(2):
         loader = getattr(mixture(num_tasks=2), f"{stage}_dataloader")()

@@ -207,3 +207,25 @@ def test_bad_num_unseen():
 def test_bad_batch_size():
     with pytest.raises(ValueError, match="batch_size=0 is not an integer of 1 or more"):
         MNISTDataModule(batch_size=0)
+
+
+def test_images_of_another_size_are_means_over_areas(tmp_path, write_mnist):
+    images = np.random.default_rng(0).integers(0, 256, (600, 28, 28)).astype(np.uint8)
+    root = write_mnist(tmp_path, images, labels(600), images[:200], labels(200))
+    small, whole = (ready(root, image_size=size).train_dataloader() for size in (14, None))
+    for ours, given in zip(small, whole, strict=True):
+        blocks = given["inputs"][:].float().unflatten(-1, (14, 2)).unflatten(-3, (14, 2)).mean((-1, -3))
+        assert ours["inputs"].shape == (2, 5, 8, 14, 14)
+        assert (ours["inputs"][:].float() - blocks).abs().max() <= 0.5
+        assert torch.equal(ours["targets"][:], given["targets"][:])
+        break
+    eight = next(iter(ready(root, image_size=8).test_dataloader()))
+    assert eight["inputs"].shape[3:] == eight["unseen_inputs"].shape[2:] == (8, 8)
+
+
+@pytest.mark.parametrize(
+    ("size", "message"), [(29, "image_size=29 exceeds the 28 pixels of an image"), (0, "image_size=0")]
+)
+def test_bad_image_size(mnist_root, size, message):
+    with pytest.raises(ValueError, match=message):
+        ready(mnist_root, image_size=size)

@@ -19,7 +19,7 @@ from lightning_l2l.data import (
 )
 
 SIZES = "num_tasks seed num_steps episodes_per_epoch num_val_tasks num_test_tasks eval_tasks num_workers".split()
-IMAGES = [*SIZES, "root", "batch_size", "download", "num_unseen"]
+IMAGES = [*SIZES, "root", "batch_size", "download", "num_unseen", "image_size"]
 NAMES = {
     QuadraticDataModule: [*SIZES, "dim"],
     GeneratedDataModule: [*SIZES, "task"],
