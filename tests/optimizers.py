@@ -88,7 +88,7 @@ def unlearned(params, **options):
 def normalized(params, **options):
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        rule = NormalizedMLP(hidden_size=3, max_scale=2.0, inputs=list(INPUTS), **UNTIMED)
+        rule = NormalizedMLP(hidden_size=3, inputs=list(INPUTS), **UNTIMED)
         nn.init.normal_(rule.readout.weight)
     return LearnedOptimizer(params, rule, **options)
 

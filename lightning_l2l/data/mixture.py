@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import accumulate
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -33,6 +34,7 @@ class MixtureDataModule(EpisodeDataModule):
             module being trained takes the one at its place.
         weights: How often the members are drawn in training, in proportion; positive. Default: all alike.
         num_tasks: Number of tasks side by side in a training batch of each process.
+        root: Folder of the data sets, of all members that have one. Default: each has its own.
         **options: See `EpisodeDataModule`. `seed` is also that of the choice of members. All `eval_tasks` of a
             validation or test batch are of one member, so that there must be as many batches as members.
 
@@ -47,6 +49,7 @@ class MixtureDataModule(EpisodeDataModule):
         members: Sequence[EpisodeDataModule],
         weights: Sequence[float] | None = None,
         num_tasks: int = 32,
+        root: str | Path | None = None,
         **options: Unpack[EpisodeOptions],
     ) -> None:
         super().__init__(num_tasks, **options)
@@ -58,6 +61,10 @@ class MixtureDataModule(EpisodeDataModule):
             if isinstance(member, MixtureDataModule):
                 raise TypeError("members has a MixtureDataModule, which says itself what is drawn; list its members")
         self.members, self.weights = list(members), weights
+        self.root = root
+        for member in self.members:
+            if root is not None and hasattr(member, "root"):
+                member.root = Path(root)
         self._up_to = _up_to(weights, len(members))
         self.needs_num_steps = any(member.needs_num_steps for member in members)
 

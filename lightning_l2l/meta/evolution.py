@@ -55,10 +55,12 @@ class EvolutionStrategies(MetaGradient):
     Args:
         std: Standard deviation :math:`\sigma` of the perturbations, above 0.
         lasts: How long one lasts: "truncation" or "episode".
-        sign: Count the sign of each difference alone, divided by :math:`\sigma` in place of :math:`2 \sigma^2`: no
+        sign: Count the sign of each difference alone, times the mean w_t of the truncation and :math:`2 \sigma`: no
             task outweighs others, and the size of the gradient means nothing.
         largest: A loss counts as at most this many times that of the same optimizee at its start, above 0; nan counts
             as that. So a particle that diverges does not decide alone. None: no bound.
+        bound: The difference of a pair counts as at most this, an *inner step* of weight 1; above 0. With `log_loss`,
+            0.2 is a fifth: so tasks whose losses fall by orders of magnitude do not decide alone. None: no bound.
 
     Raises:
         ValueError: An argument is out of range.
@@ -71,13 +73,18 @@ class EvolutionStrategies(MetaGradient):
     """
 
     def __init__(
-        self, std: float = 0.01, lasts: Lasts = "truncation", sign: bool = False, largest: float | None = 10.0
+        self,
+        std: float = 0.01,
+        lasts: Lasts = "truncation",
+        sign: bool = False,
+        largest: float | None = 10.0,
+        bound: float | None = None,
     ) -> None:
         check_positive(std=std)
         check_choice(get_args(Lasts), lasts=lasts)
         check_flag(sign=sign)
-        check_positive(optional=True, largest=largest)
-        self.std, self.lasts, self.sign, self.largest = std, lasts, sign, largest
+        check_positive(optional=True, largest=largest, bound=bound)
+        self.std, self.lasts, self.sign, self.largest, self.bound = std, lasts, sign, largest, bound
 
     def start(self, task: Task, rule: UpdateRule, batch: Batch, num_steps: int | None) -> Episode:
         """See `MetaGradient.start`: an episode of twice as many tasks."""
@@ -114,7 +121,12 @@ class EvolutionStrategies(MetaGradient):
         terms = floored(counted).log() if log_loss else counted
         of_particle = (terms * terms.new_tensor(weights)[:, None]).sum(0)
         difference = of_particle[:num_pairs] - of_particle[num_pairs:]
-        difference = difference.sign() / self.std if self.sign else difference / (2 * self.std**2)
+        if self.bound is not None:
+            most = self.bound * sum(weights)
+            difference = difference.clamp(-most, most)
+        if self.sign:
+            difference = difference.sign() * (sum(weights) / num_steps) * 2 * self.std
+        difference = difference / (2 * self.std**2)
         found = difference @ pairs.total / num_pairs
         gradients = [part.view_as(p) for part, p in zip(torch.split(found, sizes), parameters, strict=True)]
         meta_loss = attached(of_particle.mean(), gradients, parameters)

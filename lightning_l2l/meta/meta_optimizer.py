@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import NoneType
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import torch
 from lightning.pytorch import LightningModule
@@ -32,22 +31,21 @@ from lightning_l2l.meta.first_order import FirstOrder
 from lightning_l2l.meta.hyperparameters import as_of_now, hyperparameters_of
 from lightning_l2l.meta.imitation import Imitation
 from lightning_l2l.meta.meta_gradient import MetaGradient
-from lightning_l2l.meta.underway import Underway, check_episodes, drawn_length, kept_of_all, taken_up
+from lightning_l2l.meta.underway import (
+    LOSS_WEIGHTS,
+    LossWeights,
+    Underway,
+    check_episodes,
+    drawn_length,
+    kept_of_all,
+    taken_up,
+)
 from lightning_l2l.meta.unroll import Unroll
 from lightning_l2l.rules import UpdateRule
 from lightning_l2l.rules.describe import describe
 from lightning_l2l.rules.files import read_checkpoint, start_from
 from lightning_l2l.tasks import Task
 from lightning_l2l.tasks.base import Batch
-
-LossWeights = Literal["all", "linear", "last"]
-
-#: Number of steps T -> w_1 .. w_T, mean 1.
-LOSS_WEIGHTS: Mapping[str, Callable[[int], list[float]]] = {
-    "all": lambda steps: [1.0] * steps,
-    "linear": lambda steps: [2 * t / (steps + 1) for t in range(1, steps + 1)],
-    "last": lambda steps: [0.0] * (steps - 1) + [float(steps)],
-}
 
 
 class MetaOptimizer(LightningModule):
@@ -74,7 +72,7 @@ class MetaOptimizer(LightningModule):
         num_steps: *Inner steps* of an episode.
         unroll_length: *Inner steps* between truncations; divides `num_steps`.
         loss_weights: The w_t of the meta-loss, mean 1: "all" weighs every step alike (the paper), "linear" in
-            proportion to t, "last" the last step alone.
+            proportion to t, "tail" the last tenth alone, "last" the last step.
         final_steps: Number of last *inner steps* whose mean loss is the final loss; 1 where a loss has no noise.
         lr: Meta-learning rate, above 0.
         optimizer: The meta-optimizer; `lr` is set on it.
@@ -97,7 +95,8 @@ class MetaOptimizer(LightningModule):
             episodes of a `Mixture`, and early and late steps, count alike, whatever the scale of their losses. For
             tasks whose loss is not negative. Validation figures stay as they are.
         min_steps: *Inner steps* of the shortest episodes of meta-training, a multiple of `unroll_length`: lengths are
-            drawn, log-uniformly, between it and `num_steps`. None: all have `num_steps`.
+            drawn, log-uniformly, between it and `num_steps`, and the w_t are such that all count alike. None: all have
+            `num_steps`.
         num_episodes: Episodes of meta-training under way at once, each of another batch: an outer step is that of the
             mean of their meta-gradients, over a truncation of each. With `min_steps` they are at different steps.
 
@@ -167,8 +166,8 @@ class MetaOptimizer(LightningModule):
         self.num_steps, self.unroll_length, self.lr = num_steps, unroll_length, lr
         self.loss_weights, self.final_steps = loss_weights, final_steps
         self.train_steps = num_steps  # of episodes in meta-training; a Curriculum may set it lower
-        self.weights = self.weights_of(num_steps)
         self.min_steps, self.num_episodes = min_steps, num_episodes
+        self.weights = self.weights_of(num_steps)
         self.underway: list[Underway] = []
         self._kept: list[Any] = []  # of a checkpoint's, until training starts
         self.optimizer, self.lr_scheduler, self.anneal = optimizer, lr_scheduler, anneal
@@ -209,7 +208,8 @@ class MetaOptimizer(LightningModule):
 
     def weights_of(self, num_steps: int) -> list[float]:
         """w_1 .. w_T of an episode of T = `num_steps` inner steps."""
-        return LOSS_WEIGHTS[self.loss_weights](num_steps)
+        scale = 1.0 if self.min_steps is None else self.num_steps / num_steps
+        return [scale * weight for weight in LOSS_WEIGHTS[self.loss_weights](num_steps)]
 
     def on_train_start(self) -> None:
         """Take up the episodes that were under way in the checkpoint, if there was one."""

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
@@ -15,6 +15,22 @@ from lightning_l2l.arguments import MOST, check_at_least
 from lightning_l2l.meta.episode import Episode
 from lightning_l2l.meta.unroll import Unroll
 from lightning_l2l.tasks.base import Batch, mix_seed
+
+LossWeights = Literal["all", "linear", "tail", "last"]
+
+
+def _tail(steps: int) -> list[float]:
+    count = -(-steps // 10)
+    return [0.0] * (steps - count) + [steps / count] * count
+
+
+#: Number of steps T -> w_1 .. w_T, mean 1.
+LOSS_WEIGHTS: Mapping[str, Callable[[int], list[float]]] = {
+    "all": lambda steps: [1.0] * steps,
+    "linear": lambda steps: [2 * t / (steps + 1) for t in range(1, steps + 1)],
+    "tail": _tail,
+    "last": lambda steps: [0.0] * (steps - 1) + [float(steps)],
+}
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""A rule whose update has a size of its own for each tensor: a good direction, and a small MLP that corrects it."""
+"""A rule whose update has a size of its own for each tensor: a good direction, and what is learned beside it."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from lightning_l2l.rules.inputs import CLIP, INPUTS, NUM_TIMES, TIME, Inputs, ma
 from lightning_l2l.rules.kernels.fused import MOST_MEANS, fused_for
 from lightning_l2l.rules.kernels.normalized_kernel import NormalizedNumbers, NormalizedStep, places_of
 from lightning_l2l.rules.schedule import Schedule, rate_at
+from lightning_l2l.rules.sizes import TensorSize
 from lightning_l2l.rules.tensors import Moment, TensorRule, TensorState, each_task, over_tensor
 
 #: The step size at the end of warm-up, times the root of the number of inner steps.
@@ -24,7 +25,7 @@ _QUINTIC = (3.4445, -4.7750, 2.0315)
 
 
 class NormalizedMLP(TensorRule):
-    r"""A direction that is good by itself, corrected by a small MLP, of a size that the tensor and the time give.
+    r"""A direction that is good by itself, and learned: a correction of it, and the size that the tensor's update has.
 
     .. math::
         u_t = -\eta_t \, s \, \frac{d_t}{\mathrm{rms}(d_t)}, \quad
@@ -34,18 +35,19 @@ class NormalizedMLP(TensorRule):
     with Adam's bias-corrected running means of the gradient and of its square, root mean squares over each tensor, and
     Newton-Schulz steps NS, which orthogonalise a matrix (convolutions count as matrices `[out, in * kh * kw]`). The
     last layer of the MLP starts at zero, so that the rule begins as the one without it. What the MLP sees of a
-    coordinate are `inputs`, each divided by its root mean square over the tensor.
+    coordinate are `inputs`, each divided by its root mean square over the tensor. The size s is 1, or with `sizing`
+    what `TensorSize` gives for the tensor and the moment, which starts at 1.
 
     The rate :math:`\eta_t` rises over `warmup` steps and then falls, by default to 0 at the last of `num_steps`. After
     that it stays where it is. Where nobody knows the number of steps it falls as 1 / sqrt(t), for as long as it takes.
 
     A coordinate whose gradient has never been anything but zero is not moved.
 
-    State, beside the running means of a coordinate: for a tensor the number of its *inner steps*, and where the MLP
-    sees them the running means of the squares of its rows and columns.
+    State, beside the running means of a coordinate: for a tensor the number of its *inner steps*, where the MLP sees
+    them the running means of the squares of its rows and columns, and what `TensorSize` remembers.
 
     Args:
-        hidden_size: Units in each of the two hidden layers; 0: there is no MLP, and nothing is learned.
+        hidden_size: Units in each of the MLP's two hidden layers; 0: there is none, the direction is not corrected.
         inputs: What the MLP sees, by name: "time", and those in `inputs.INPUTS`; None: all of them.
         betas: Decays of the running means of the gradient an *inner step*, each in [0, 1). The first is that of the
             direction.
@@ -59,7 +61,8 @@ class NormalizedMLP(TensorRule):
         schedule: How the rate falls where the number of steps is known: "cosine", "linear", or "constant".
         warmup: *Inner steps* over which the rate rises; 0: none.
         floor: Share of the rate that is left at the end, from 0 to 1.
-        max_scale: Bound on the factor s that the MLP may give each tensor, and on 1 / s; above 1. None: it gives none.
+        sizing: Hidden units of what gives the size of a tensor's update; 0: it is linear. None: that is not learned.
+        max_scale: Bound on that factor s, and on 1 / s; above 1. None: 100.
 
     Raises:
         ValueError: An argument is out of range.
@@ -77,8 +80,6 @@ class NormalizedMLP(TensorRule):
         Jordan et al., Muon: an optimizer for hidden layers in neural networks, 2024.
     """
 
-    remembers = False
-
     def __init__(
         self,
         hidden_size: int = 8,
@@ -92,6 +93,7 @@ class NormalizedMLP(TensorRule):
         schedule: Schedule = "cosine",
         warmup: int = 20,
         floor: float = 0.0,
+        sizing: int | None = None,
         max_scale: float | None = None,
     ) -> None:
         super().__init__()
@@ -108,32 +110,38 @@ class NormalizedMLP(TensorRule):
             raise ValueError("betas are no numbers; give one, such as [0.9]")
         if not is_number(floor) or not 0 <= floor <= 1:
             raise ValueError(f"floor={brief(floor)} is not from 0 to 1; use 0.0 for a rate that falls to nothing")
-        if max_scale is not None and not (is_number(max_scale) and max_scale > 1 and hidden_size):
-            raise ValueError(f"max_scale={brief(max_scale)} needs an MLP and is above 1, as 10.0; use None for none")
+        check_at_least(0, 1024, optional=True, sizing=sizing)
+        if max_scale is not None and not (is_number(max_scale) and max_scale > 1):
+            raise ValueError(f"max_scale={brief(max_scale)} is not above 1; use a number such as 100.0")
         for name in inputs or ():
             check_choice((*INPUTS, TIME), inputs=name)
         self.hidden_size, self.inputs, self.betas, self.beta2, self.eps = hidden_size, inputs, list(betas), beta2, eps
         self.orthogonalize, self.normalize, self.step_size = orthogonalize, normalize, step_size
-        self.schedule, self.warmup, self.floor, self.max_scale = schedule, warmup, floor, max_scale
+        self.schedule, self.warmup, self.floor = schedule, warmup, floor
+        self.sizing, self.max_scale = sizing, max_scale
         self.sees = [name for name in INPUTS if hidden_size and (inputs is None or name in inputs)]
-        self.kept = list(betas) if self.sees else list(betas[:1])
+        self.kept = list(betas) if self.sees or sizing is not None else list(betas[:1])
         self.factors = list(betas) if any(INPUTS[name].of_factors for name in self.sees) else []
         self.timed = bool(hidden_size) and (inputs is None or TIME in inputs)
         self.needs_num_steps = schedule == "constant" and step_size is None
+        self.remembers = sizing is not None
         self.register_buffer("place", torch.empty(0), persistent=False)  # where a rule that learns nothing is
         if hidden_size:
             width = sum(INPUTS[name].count(len(betas)) for name in self.sees) + NUM_TIMES * self.timed
             self.hidden, self.second = nn.Linear(width, hidden_size), nn.Linear(hidden_size, hidden_size)
-            self.readout = nn.Linear(hidden_size, 1 if max_scale is None else 2)
-            self.reset_parameters()
+            self.readout = nn.Linear(hidden_size, 1)
+        self.sizes = None if sizing is None else TensorSize(len(betas), sizing, max_scale or 100.0)
+        self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draw the meta-parameters anew, those of the last layer as zeros: the rule is the unlearned one."""
+        """Draw the meta-parameters anew, those of the last layers as zeros: the rule is the unlearned one."""
         if self.hidden_size:
             self.hidden.reset_parameters()
             self.second.reset_parameters()
             nn.init.zeros_(self.readout.weight)
             nn.init.zeros_(self.readout.bias)
+        if self.sizes is not None:
+            self.sizes.reset_parameters()
 
     @property
     def like(self) -> Tensor:
@@ -146,8 +154,8 @@ class NormalizedMLP(TensorRule):
         return len(self.kept) + 1
 
     def vector_size(self, shape: Sequence[int]) -> int:
-        """Number of steps made, and the means of squares over rows and columns."""
-        return 1 + len(self.factors) * sum(matrix_of(shape) or ())
+        """Number of steps made, the means of squares over rows and columns, and what is remembered of the size."""
+        return 1 + len(self.factors) * sum(matrix_of(shape) or ()) + (self.sizing is not None)
 
     def rate(self, moment: Moment) -> Tensor:
         """Root mean square of the update of a tensor, before any learned scale: `[num_tasks]`."""
@@ -163,7 +171,9 @@ class NormalizedMLP(TensorRule):
         kept = gradient.new_tensor(self.kept).view(-1, *[1] * gradient.dim())
         means = torch.lerp(gradient, state.coordinates[:-1], kept)
         square = torch.lerp(state.coordinates[-1], gradient.square(), 1 - self.beta2)
-        count, factors = state.vector[:, :1] + 1, state.vector[:, 1:]
+        last = int(self.sizing is not None)
+        parts = torch.split(state.vector, [1, state.vector.shape[1] - 1 - last, last], 1)
+        count, factors, scale = parts[0] + 1, parts[1], parts[2]
         rows = columns = None
         if self.factors and matrix is not None:
             squares = gradient.square().reshape(-1, *matrix)
@@ -173,16 +183,18 @@ class NormalizedMLP(TensorRule):
             factors = found.flatten(1)
             unbiased = (found / (1 - betas ** count[:, :, None])).transpose(0, 1)
             rows, columns = unbiased[..., : matrix[0], None], unbiased[:, :, None, matrix[0] :]
-        after = TensorState(torch.cat([means, square[None]]), torch.cat([count, factors], 1))
-
         steps = over_tensor(count[:, 0], gradient)
         of_square = square / (1 - self.beta2**steps)
         given = Inputs(gradient, theta, means / (1 - kept**steps), of_square, self.eps, rows, columns, moment)
         direction, rate = given.means[0] / given.root, self.rate(moment)
         if self.hidden_size:
-            corrected, scale = self._learned(given)
-            direction = normalized(direction, given.moved) + corrected
-            rate = rate if scale is None else rate * scale
+            direction = normalized(direction, given.moved) + self._learned(given)
+        if self.sizes is not None:
+            seen = [given.theta, gradient / given.root, *(given.means / given.root)]
+            means_of = [each_task(torch.where(given.moved, one, 0.0)).square().mean(1) for one in seen]
+            factor, scale = self.sizes(torch.stack(means_of, 1), scale, gradient.shape[1:], moment)
+            rate = rate * factor
+        after = TensorState(torch.cat([means, square[None]]), torch.cat([count, factors, scale], 1))
         if self.orthogonalize and matrix is not None:
             direction = torch.where(given.moved, direction, 0.0)
             direction = orthogonalized(direction.reshape(-1, *matrix)).view_as(gradient)
@@ -206,10 +218,10 @@ class NormalizedMLP(TensorRule):
             return super().step_tensor_(gradient, state, theta, moment, weights)
         matrix = matrix_of(gradient.shape[1:])
         tensors = (gradient.contiguous(), theta.contiguous(), *state)
-        step = NormalizedStep(library, moment.once(self, lambda: self._pack(moment, weights)), matrix, tensors)
+        packed = moment.once(self, lambda: self._pack(moment, weights))
+        shape = () if self.sizes is None else self.sizes.of_shape(gradient.shape[1:])
+        step = NormalizedStep(library, packed, matrix, tensors, shape)
         rate = self.rate(moment)
-        if self.max_scale is not None:
-            rate = rate * self._scale(step.second_sums / gradient[0].numel())
         if not self.orthogonalize or matrix is None:
             return step.update_(rate, normalize=self.normalize)
         changed = orthogonalized(step.direction.view(-1, *matrix)).reshape(gradient.shape)
@@ -219,7 +231,6 @@ class NormalizedMLP(TensorRule):
         """What the kernel has to know of this rule, with the meta-parameters as they are at this moment."""
         numbers = NormalizedNumbers(
             hidden=self.hidden_size,
-            outputs=1 if self.max_scale is None else 2,
             means=len(self.kept),
             times=NUM_TIMES * self.timed,
             factors=bool(self.factors),
@@ -229,25 +240,24 @@ class NormalizedMLP(TensorRule):
             clip=CLIP,
         )
         numbers.gain1[: len(self.kept)] = (1 - torch.tensor(self.kept)).tolist()  # as 1 - beta is in float32
+        own = dict(self.named_parameters() if given is None else given)
+        own = {name: one.detach().contiguous() for name, one in own.items()}
         if self.hidden_size:
-            named = self.named_parameters()
-            weights = [(one if given is None else given[name]).detach().contiguous() for name, one in named]
+            weights = [own[name] for name, _ in self.named_parameters() if not name.startswith("sizes.")]
             numbers.keep(weights, places_of(self.sees, len(self.kept), self.timed), torch.stack(times(moment), 1))
+        if self.sizes is not None:
+            weights = [own[f"sizes.{name}"] for name, _ in self.sizes.named_parameters()]
+            moments = self.sizes.of_moment(moment)
+            numbers.size_by(weights, moments.contiguous(), math.log(self.sizes.most), given is not None)
         return numbers
 
-    def _scale(self, mean: Tensor) -> Tensor:
-        """The factor on the rate for a mean over the tensor of the MLP's second number."""
-        return (torch.tanh(mean) * math.log(self.max_scale or 1)).exp()
-
-    def _learned(self, given: Inputs) -> tuple[Tensor, Tensor | None]:
-        """What is added to the direction, `[num_tasks, *shape]`, and the factor on the rate, `[num_tasks]`."""
+    def _learned(self, given: Inputs) -> Tensor:
+        """What is added to the direction, `[num_tasks, *shape]`."""
         x = numbers(self.sees, given)
         if self.timed:
             x += [over_tensor(one, given.gradient).expand_as(given.gradient) for one in times(given.moment)]
         out = self.readout(torch.relu(self.second(torch.relu(self.hidden(torch.stack(x, -1))))))
-        if self.max_scale is None:
-            return out[..., 0], None
-        return out[..., 0], self._scale(each_task(out[..., 1]).mean(1))
+        return out[..., 0]  # type: ignore[no-any-return]
 
 
 def orthogonalized(matrices: Tensor, num_steps: int = 5) -> Tensor:

@@ -26,7 +26,8 @@ RULES = {
     "rnnprop": lambda: RNNprop(hidden_size=3),
     "mlp": lambda: NormalizedMLP(),
     "mlp-plain": lambda: NormalizedMLP(hidden_size=5, orthogonalize=False, normalize=False, step_size=0.02),
-    "mlp-scale": lambda: NormalizedMLP(inputs=["ratio", "columns", "theta"], max_scale=3.0, orthogonalize=False),
+    "mlp-sizes": lambda: NormalizedMLP(inputs=["ratio", "columns", "theta"], sizing=3, orthogonalize=False),
+    "sizes": lambda: NormalizedMLP(hidden_size=0, sizing=0),
 }
 
 
@@ -155,6 +156,29 @@ def test_the_sign_alone_has_the_direction():
     assert meta_gradient(rule, EvolutionStrategies(sign=True), scaled, 6, 6)[0].norm() < 10 * sign.norm()
 
 
+def test_the_sign_counts_as_much_as_the_weights_of_its_truncation():
+    rule, batch = HeavyBall(), quadratics(40)
+    found = []
+    for weights in ([1.0] * 3, [3.0, 0.0, 0.0], [0.5] * 3):
+        unroll = Unroll(Quadratic(3), rule, EvolutionStrategies(sign=True))
+        rule.zero_grad()
+        unroll.run(unroll.start(batch), 3, weights).meta_loss.backward()
+        found.append(flat(rule))
+    torch.testing.assert_close(found[0], 2 * found[2])
+    assert 0.2 < float(found[1].norm() / found[0].norm()) < 5
+
+
+def test_a_difference_counts_as_its_bound_at_most():
+    rule, batch = HeavyBall(), quadratics(200)
+    free, _ = meta_gradient(rule, EvolutionStrategies(), batch, 6, 6)
+    loose, _ = meta_gradient(rule, EvolutionStrategies(bound=1e6), batch, 6, 6)
+    assert torch.equal(free, loose)
+    tight, _ = meta_gradient(rule, EvolutionStrategies(bound=1e-9), batch, 6, 6)
+    sign, _ = meta_gradient(rule, EvolutionStrategies(sign=True), batch, 6, 6)
+    # every difference counts as the bound: 6 steps of weight 1 of it, in place of 2 std
+    torch.testing.assert_close(tight / (6 * 1e-9), sign / (2 * 0.01), rtol=1e-3, atol=1e-3)
+
+
 # ---- pairs ----
 
 
@@ -255,6 +279,7 @@ def test_a_particle_that_diverges_counts_as_its_bound(log_loss):
         ({"lasts": "forever"}, "lasts='forever'"),
         ({"sign": 1}, "sign=1"),
         ({"largest": -1.0}, "largest=-1.0"),
+        ({"bound": 0.0}, "bound=0.0"),
     ],
 )
 def test_arguments_out_of_range_are_refused(options, told):

@@ -62,7 +62,8 @@ RULES = {
     "no-schedule": lambda: NormalizedMLP(hidden_size=0, schedule="constant", warmup=0, step_size=0.01),
     "coordinates": lambda: NormalizedMLP(hidden_size=0, orthogonalize=False, normalize=False),
     "mlp": lambda: stirred(NormalizedMLP()),
-    "mlp-scale": lambda: stirred(NormalizedMLP(hidden_size=3, max_scale=5.0, schedule="linear", floor=0.1, warmup=2)),
+    "mlp-sizes": lambda: stirred(NormalizedMLP(hidden_size=3, sizing=4, schedule="linear", floor=0.1, warmup=2)),
+    "sizes": lambda: stirred(NormalizedMLP(hidden_size=0, sizing=0, max_scale=5.0)),
     "mlp-some-inputs": lambda: stirred(NormalizedMLP(inputs=["ratio", "theta", "time"], betas=[0.8, 0.95])),
     "mlp-plain": lambda: stirred(NormalizedMLP(orthogonalize=False, normalize=False, step_size=0.02)),
     "mlp-untimed": lambda: stirred(NormalizedMLP(inputs=["mean_ratios", "factored"], orthogonalize=False)),
@@ -230,9 +231,9 @@ def test_newton_schulz_is_that_of_torchs_muon(shape):
 
 def test_with_a_last_layer_of_zeros_it_is_the_unlearned_one():
     torch.manual_seed(0)
-    for options in ({}, {"orthogonalize": False}, {"max_scale": 3.0}):
+    for options in ({}, {"orthogonalize": False}, {"sizing": 3}, {"sizing": 0}):
         learned = NormalizedMLP(**options)
-        options.pop("max_scale", None)
+        options.pop("sizing", None)
         unlearned = NormalizedMLP(hidden_size=0, **options)
         params, others = parameters(shapes=SHAPES), parameters(shapes=SHAPES)
         given = gradients(params, 5)
@@ -254,7 +255,7 @@ def test_the_unit_of_the_loss_does_not_matter(unit):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["unlearned", "coordinates", "mlp", "mlp-scale", "mlp-plain"])
+@pytest.mark.parametrize("name", ["unlearned", "coordinates", "mlp", "mlp-sizes", "sizes", "mlp-plain"])
 def test_what_never_had_a_gradient_is_not_moved(name):
     torch.manual_seed(0)
     rule = RULES[name]()
@@ -386,6 +387,8 @@ def test_16_bytes_of_state_a_parameter_and_the_vectors():
     rule = NormalizedMLP()
     assert (rule.state_size, rule.vector_size((7, 5)), rule.vector_size((7,))) == (4, 1 + 3 * 12, 1)
     assert NormalizedMLP(hidden_size=0).state_size == 2
+    rule = NormalizedMLP(hidden_size=0, sizing=0)
+    assert (rule.state_size, rule.vector_size((7, 5)), rule.vector_size((7,))) == (4, 2, 2)
 
 
 @pytest.mark.parametrize(
@@ -400,7 +403,8 @@ def test_16_bytes_of_state_a_parameter_and_the_vectors():
         ({"floor": 2.0}, "floor=2.0"),
         ({"step_size": 0.0}, "step_size=0.0"),
         ({"max_scale": 1.0}, "max_scale=1.0"),
-        ({"max_scale": 2.0, "hidden_size": 0}, "max_scale=2.0"),
+        ({"sizing": -1}, "sizing=-1"),
+        ({"sizing": True}, "sizing=True"),
         ({"warmup": -1}, "warmup=-1"),
     ],
 )

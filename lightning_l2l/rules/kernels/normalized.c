@@ -13,7 +13,7 @@
 #define MOST_OWN (6 + 4 * MOST_MEANS) /* inputs of a coordinate */
 #define MOST_INPUTS (6 + 8 * MOST_MEANS)
 
-/* Weights of the layers: hidden [H, inputs of the rule] and bias, second [H, H] and bias, readout [outputs, H] and bias. */
+/* Weights of the layers: hidden [H, inputs of the rule] and bias, second [H, H] and bias, readout [1, H] and bias. */
 typedef struct {
   const float *hidden, *hidden_bias, *second, *second_bias, *readout, *readout_bias;
   const long *places; /* of each input the first layer's column, -1 where it is not seen; from MOST_INPUTS on the moment's */
@@ -22,12 +22,21 @@ typedef struct {
   long each;          /* whether every task has weights of its own, one after the other */
 } Weights;
 
+/* The small MLP that sees a tensor as a whole: hidden [units, means + 9] and bias, readout [2, units] and bias. */
 typedef struct {
-  long hidden, outputs;  /* units of a layer, 0: no MLP; numbers that it gives */
+  const float *hidden, *hidden_bias, *readout, *readout_bias;
+  const float *moments; /* [tasks, 4]: what it sees of the time; most that the remembered logarithm changes by */
+  long exists, units;   /* whether there is one; 0: no hidden layer */
+  float bound;          /* on that logarithm */
+} Sizes;
+
+typedef struct {
+  long hidden;           /* units of a layer, 0: no MLP */
   long means, times;     /* running means of the gradient; numbers that are the moment */
   long factors;          /* whether the running means of rows and columns are kept */
   float gain1[MOST_MEANS], gain2, eps, largest, clip; /* 1 - beta; bounds on the gradient, and on the input "clipped" */
   Weights weights;
+  Sizes sizes;
 } Rule;
 
 /* One tensor of each task. */
@@ -35,9 +44,11 @@ typedef struct {
   long tasks, size, rows, columns; /* coordinates of a task; 0 rows: no matrix, or the rule does not mind */
   const float *gradient, *theta;   /* [tasks, size] */
   float *state;                    /* [means + 1, tasks, size]: running means of the gradient, and that of its square */
-  float *vector;                   /* [tasks, 1 + means * (rows + columns)]: steps, then for each beta rows and columns */
+  float *vector;                   /* [tasks, width]: steps, for each beta rows and columns, and a size's logarithm */
+  long width;
+  float shape[3];                  /* what the small MLP sees of it */
   float *direction;                /* [tasks, size] */
-  double *sums;                    /* [tasks, 3]: squares of the direction, moved coordinates, the MLP's second number */
+  double *sums;                    /* [tasks, 3]: squares of the direction, moved coordinates, the factor on the rate */
 } Tensor;
 
 /* Of the running means of rows and columns, unbiased, [means, rows + columns] each. */
@@ -55,6 +66,8 @@ typedef struct {
 
 /* Numbers that the MLP sees of a coordinate; 4 * means more are those of its row and column. */
 INLINE long inputs_of(const Rule *rule, const Tensor *t) { return 6 + (t->rows ? 4 : 2) * rule->means; }
+INLINE int sees(const Rule *rule) { return rule->hidden || rule->sizes.exists; }
+INLINE long summed(const Rule *rule, const Tensor *t) { return sees(rule) ? inputs_of(rule, t) : 1; }
 INLINE long min_of(long a, long b) { return a < b ? a : b; }
 INLINE long blocks_of(const Tensor *t) { return (t->size + BLOCK - 1) / BLOCK; }
 
@@ -66,8 +79,8 @@ static Weights weights_of(const Rule *rule, long of) {
   w.hidden_bias += task * hidden;
   w.second += task * hidden * hidden;
   w.second_bias += task * hidden;
-  w.readout += task * rule->outputs * hidden;
-  w.readout_bias += task * rule->outputs;
+  w.readout += task * hidden;
+  w.readout_bias += task;
   return w;
 }
 
@@ -272,10 +285,10 @@ INLINE void find(const long means, const Tensor *t, long of, Tile *tile) {
 /* ---- The running means, and the sums of squares of all that the MLP sees ---- */
 
 /* Block `block` of a task. sums [inputs + 1]: squares, and the number of moved coordinates; without an MLP the direction
- * is written, and the first of the sums is that of its squares. */
+ * is written, and where no MLP sees the inputs the first of the sums is that of its squares. */
 INLINE void remember(const long means, const Rule *rule, const Tensor *t, const Task *task, long of, long block,
                      double *restrict sums) {
-  long inputs = rule->hidden ? inputs_of(rule, t) : 1, end = min_of((block + 1) * BLOCK, t->size);
+  long inputs = summed(rule, t), end = min_of((block + 1) * BLOCK, t->size);
   vec squares[MOST_OWN] = {{0}}, count = {0};
   Tile tile = {.at = 0};
   memset(sums, 0, (inputs + 1) * sizeof(double));
@@ -298,15 +311,14 @@ INLINE void remember(const long means, const Rule *rule, const Tensor *t, const 
       copy(state + means * stride + at, tile.square, tile.n);
       for (long k = 0; k < means; k++) copy(state + k * stride + at, tile.means[k], tile.n);
     }
-    if (rule->hidden)
-      see(means, rule, t, task, &tile, squares);
-    else {
+    if (sees(rule)) see(means, rule, t, task, &tile, squares);
+    if (!rule->hidden) {
       for (int v = 0; v < TILE; v += LANES) {
         vec square = load(tile.square + v) * task->unbias2;
         vec x = load(tile.means[0] + v) * task->unbias1[0] / (square_root(square) + rule->eps);
         x = only((vec)(square != 0.0f), x);
         *(vec *)(tile.x + v) = x;
-        squares[0] += x * x;
+        if (!sees(rule)) squares[0] += x * x;
       }
       copy(direction + at, tile.x, tile.n);
     }
@@ -334,7 +346,7 @@ static void remember_block(const Rule *rule, const Tensor *t, const Task *task, 
 
 /* What the layers' weights take in Task. */
 INLINE long first_size(const Rule *rule) { return padded(rule->hidden, 4) * (1 + MOST_OWN); }
-INLINE long second_size(const Rule *rule) { return padded(rule->hidden, 4) * (3 + padded(rule->hidden, 4)); }
+INLINE long second_size(const Rule *rule) { return padded(rule->hidden, 4) * (2 + padded(rule->hidden, 4)); }
 
 /* The division of each input by its root mean square is in the first layer's weights; `sums` as remember() made them. */
 static void pack(const Rule *rule, const Tensor *t, long of, const double *sums, Task *task) {
@@ -354,8 +366,7 @@ static void pack(const Rule *rule, const Tensor *t, long of, const double *sums,
     to = task->second + j / 4 * 4 * (1 + wide) + j % 4;
     to[0] = j < hidden ? w->second_bias[j] : 0.0f;
     for (long k = 0; k < wide; k++) to[4 * (1 + k)] = j < hidden && k < hidden ? w->second[j * hidden + k] : 0.0f;
-    for (long k = 0; k < 2; k++)
-      task->second[wide * (1 + wide + k) + j] = j < hidden && k < rule->outputs ? w->readout[k * hidden + j] : 0.0f;
+    task->second[wide * (1 + wide) + j] = j < hidden ? w->readout[j] : 0.0f;
   }
   task->whole = 1.0f / root_mean(sums[6 + rule->means], sums[inputs] < 1.0 ? 1.0 : sums[inputs]);
 }
@@ -414,33 +425,27 @@ INLINE void first_layer(const int units, long j, const Tensor *t, const Task *ta
   for (int r = 0; r < 4 * units; r++) EACH *(vec *)(h + (4 * j + r) * TILE + v * LANES) = at_least(sum[r][v], 0.0f);
 }
 
-/* out += what some units of the second layer, from the j-th of all `wide / 4` on, give of the MLP's first number, and
- * `other` likewise of its second. */
-INLINE void second_layer(const int units, long j, const Task *task, const float *restrict h, long wide, vec *out, vec *other) {
+/* out += what some units of the second layer, from the j-th of all `wide / 4` on, give of the MLP's number. */
+INLINE void second_layer(const int units, long j, const Task *task, const float *restrict h, long wide, vec *out) {
   long stride = 4 * (1 + wide);
   const float *weights = task->second + j * stride, *readout = task->second + (1 + wide) * wide + 4 * j;
   vec sum[4 * UNITS][WIDE];
   for (int r = 0; r < 4 * units; r++) EACH sum[r][v] = ALL(weights[r / 4 * stride + r % 4]);
   add_products(units, weights + 4, stride, h, wide, sum);
   for (int r = 0; r < 4 * units; r++)
-    EACH {
-      vec unit = at_least(sum[r][v], 0.0f);
-      out[v] += ALL(readout[r]) * unit;
-      if (other) other[v] += ALL(readout[wide + r]) * unit;
-    }
+    EACH out[v] += ALL(readout[r]) * at_least(sum[r][v], 0.0f);
 }
 
-/* Block `block` of a task; h [padded hidden, TILE] is scratch. sums [2]: squares of the direction, and the MLP's second
- * number. */
-INLINE void correct(const long means, const int outputs, const Rule *rule, const Tensor *t, const Task *task, long of,
-                    long block, float *restrict h, double *restrict sums) {
+/* Block `block` of a task: gives the sum of the squares of its direction. h [padded hidden, TILE] is scratch. */
+INLINE double correct(const long means, const Rule *rule, const Tensor *t, const Task *task, long of, long block,
+                      float *restrict h) {
   const Weights own = weights_of(rule, of), *w = &own;
   long inputs = inputs_of(rule, t), units = padded(rule->hidden, 4) / 4, j;
   long end = min_of((block + 1) * BLOCK, t->size), at = block * BLOCK;
   float *direction = t->direction + of * t->size;
   Tile tile = {.at = 0};
-  sums[0] = sums[1] = 0.0;
-  vec squares = {0}, second = {0};
+  double sum = 0.0;
+  vec squares = {0};
   for (long tiles = 1; at < end; at += TILE, tiles++) {
     go_to(t, &tile, at, end);
     find(means, t, of, &tile);
@@ -448,34 +453,62 @@ INLINE void correct(const long means, const int outputs, const Rule *rule, const
     if (t->rows && tile.c + TILE > t->columns) gather_factors(t, task, &tile, 4 * units, h);
     for (j = 0; j + UNITS <= units; j += UNITS) first_layer(UNITS, j, t, task, &tile, inputs, h);
     for (; j < units; j++) first_layer(1, j, t, task, &tile, inputs, h);
-    vec out[WIDE], other[WIDE];
-    EACH {
-      out[v] = ALL(w->readout_bias[0]) + *(vec *)(tile.x + (6 + means) * TILE + v * LANES) * task->whole;
-      other[v] = ALL(rule->outputs > 1 ? w->readout_bias[1] : 0.0f);
-    }
-    for (j = 0; j + UNITS <= units; j += UNITS) second_layer(UNITS, j, task, h, 4 * units, out, outputs > 1 ? other : 0);
-    for (; j < units; j++) second_layer(1, j, task, h, 4 * units, out, outputs > 1 ? other : 0);
+    vec out[WIDE];
+    EACH out[v] = ALL(w->readout_bias[0]) + *(vec *)(tile.x + (6 + means) * TILE + v * LANES) * task->whole;
+    for (j = 0; j + UNITS <= units; j += UNITS) second_layer(UNITS, j, task, h, 4 * units, out);
+    for (; j < units; j++) second_layer(1, j, task, h, 4 * units, out);
     EACH {
       out[v] = only((vec)(load(tile.square + v * LANES) * task->unbias2 != 0.0f), out[v]);
       squares += out[v] * out[v];
       *(vec *)(tile.x + v * LANES) = out[v];
-      for (int k = 0; k < LANES && outputs > 1; k++) second[k] += v * LANES + k < tile.n ? other[v][k] : 0.0f;
     }
     copy(direction + at, tile.x, tile.n);
     if (tiles % RUN == 0 || at + TILE >= end) {
-      sums[0] += sum_of(squares);
-      sums[1] += sum_of(second);
-      squares = second = (vec){0};
+      sum += sum_of(squares);
+      squares = (vec){0};
     }
   }
+  return sum;
 }
 
-static void correct_block(const Rule *rule, const Tensor *t, const Task *task, long of, long block, float *h,
-                          double *sums) {
-  if (rule->means == 3 && rule->outputs == 1)
-    correct(3, 1, rule, t, task, of, block, h, sums);
-  else
-    correct(rule->means, 2, rule, t, task, of, block, h, sums);
+static double correct_block(const Rule *rule, const Tensor *t, const Task *task, long of, long block, float *h) {
+  if (rule->means == 3) return correct(3, rule, t, task, of, block, h);
+  return correct(rule->means, rule, t, task, of, block, h);
+}
+
+/* ---- The size of a tensor ---- */
+
+/* A bound that nan passes through. */
+INLINE float within(float x, float least, float most) { return x < least ? least : x > most ? most : x; }
+
+INLINE float half_log(double sum, long count) {
+  float square = (float)(sum / (double)count);
+  return __builtin_logf(square < 1e-12f ? 1e-12f : square) / 2.0f;
+}
+
+/* The factor on the rate of a task. `sums` as remember() made them, `kept` the remembered logarithm, which moves on. */
+static float size_of(const Rule *rule, const Tensor *t, long of, const double *sums, float *kept) {
+  const Sizes *z = &rule->sizes;
+  long task = rule->weights.each ? of : 0, means = rule->means, inputs = means + 9, last = z->units ? z->units : inputs;
+  const float *hidden = z->hidden + task * z->units * inputs, *hidden_bias = z->hidden_bias + task * z->units;
+  const float *readout = z->readout + task * 2 * last, *readout_bias = z->readout_bias + task * 2;
+  float x[MOST_MEANS + 9], out[2] = {readout_bias[0], readout_bias[1]};
+  x[0] = within(half_log(sums[2], t->size), -7.0f, 2.0f) / 3.0f + 1.0f;
+  x[1] = within(half_log(sums[5], t->size), -2.0f, 2.0f);
+  for (long k = 0; k < means; k++) x[2 + k] = half_log(sums[6 + means + k], t->size) / 2.0f;
+  x[2 + means] = *kept / 3.0f;
+  for (long k = 0; k < 3; k++) {
+    x[3 + means + k] = t->shape[k];
+    x[6 + means + k] = z->moments[of * 4 + k];
+  }
+  for (long j = 0; j < last; j++) {
+    float sum = z->units ? hidden_bias[j] : x[j];
+    for (long k = 0; k < inputs && z->units; k++) sum += hidden[j * inputs + k] * x[k];
+    if (z->units && sum < 0.0f) sum = 0.0f;
+    for (long k = 0; k < 2; k++) out[k] += readout[k * last + j] * sum;
+  }
+  *kept = within(*kept + z->moments[of * 4 + 3] * __builtin_tanhf(out[0]), -z->bound, z->bound);
+  return __builtin_expf(within(*kept + z->bound / 2.0f * __builtin_tanhf(out[1]), -z->bound, z->bound));
 }
 
 /* ---- A step ---- */
@@ -507,11 +540,11 @@ void normalized_direction(const Rule *rule, const Tensor *t, long threads, char 
   const Layout at = lay_out(rule, t, threads);
   double *sums = (double *)(scratch + at.sums);
   Task *tasks = (Task *)(scratch + at.tasks);
-  long both = t->rows ? t->rows + t->columns : 0, width = 1 + rule->means * both, blocks = blocks_of(t);
+  long both = t->rows ? t->rows + t->columns : 0, width = t->width, blocks = blocks_of(t);
   long of_bands = padded(t->rows + BANDS * t->columns, 16);
   float *bands = (float *)(scratch + at.bands);
   const float *squares = t->state + rule->means * t->tasks * t->size;
-  long inputs = rule->hidden ? inputs_of(rule, t) : 1;
+  long inputs = summed(rule, t);
   for (long i = 0; i < t->tasks; i++) {
     float *vector = t->vector + i * width;
     vector[0] += 1.0f;
@@ -548,7 +581,8 @@ void normalized_direction(const Rule *rule, const Tensor *t, long threads, char 
       double *total = sums + i * blocks * (MOST_OWN + 1);
       for (long b = 1; b < blocks; b++)
         for (long k = 0; k <= inputs; k++) total[k] += total[b * (MOST_OWN + 1) + k];
-      t->sums[3 * i] = total[0];
+      t->sums[3 * i] = total[sees(rule) ? 6 + rule->means : 0];
+      t->sums[3 * i + 2] = rule->sizes.exists ? size_of(rule, t, i, total, t->vector + (i + 1) * width - 1) : 1.0;
       t->sums[3 * i + 1] = total[inputs];
       if (rule->hidden) pack(rule, t, i, total, tasks + i);
     }
@@ -571,14 +605,11 @@ void normalized_direction(const Rule *rule, const Tensor *t, long threads, char 
       float *h = (float *)(scratch + at.layers) + omp_get_thread_num() * padded(rule->hidden, 4) * TILE;
 #pragma omp for schedule(static)
       for (long u = 0; u < t->tasks * blocks; u++)
-        correct_block(rule, t, tasks + u / blocks, u / blocks, u % blocks, h, sums + u * (MOST_OWN + 1));
+        sums[u * (MOST_OWN + 1)] = correct_block(rule, t, tasks + u / blocks, u / blocks, u % blocks, h);
 #pragma omp for schedule(static)
       for (long i = 0; i < t->tasks; i++) {
-        t->sums[3 * i] = t->sums[3 * i + 2] = 0.0;
-        for (long b = 0; b < blocks; b++) {
-          t->sums[3 * i] += sums[(i * blocks + b) * (MOST_OWN + 1)];
-          t->sums[3 * i + 2] += sums[(i * blocks + b) * (MOST_OWN + 1) + 1];
-        }
+        t->sums[3 * i] = 0.0;
+        for (long b = 0; b < blocks; b++) t->sums[3 * i] += sums[(i * blocks + b) * (MOST_OWN + 1)];
       }
     }
     restore(mode);
@@ -626,7 +657,8 @@ void normalized_update(const Tensor *t, long normalized, const float *restrict s
     for (long u = 0; u < t->tasks * blocks; u++) {
       long i = u / blocks, at = i * t->size + u % blocks * BLOCK, n = min_of(BLOCK, t->size - u % blocks * BLOCK);
       double count = t->sums[3 * i + 1] < 1.0 ? 1.0 : t->sums[3 * i + 1];
-      float factor = normalized ? -rates[i] / root_mean(t->sums[3 * i], count) : -rates[i];
+      float rate = -rates[i] * (float)t->sums[3 * i + 2];
+      float factor = normalized ? rate / root_mean(t->sums[3 * i], count) : rate;
       float *x = t->direction + at;
       for (long k = 0; k < n; k++) x[k] *= factor;
     }

@@ -28,15 +28,39 @@ class _Weights(ctypes.Structure):
     )
 
 
+class _Sizes(ctypes.Structure):
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("hidden", "hidden_bias", "readout", "readout_bias", "moments")),
+        *((name, ctypes.c_long) for name in ("exists", "units")),
+        ("bound", ctypes.c_float),
+    )
+
+
 class NormalizedNumbers(ctypes.Structure):
     """A rule's numbers, as `Rule` in normalized.c has them."""
 
     _fields_ = (
-        *((name, ctypes.c_long) for name in ("hidden", "outputs", "means", "times", "factors")),
+        *((name, ctypes.c_long) for name in ("hidden", "means", "times", "factors")),
         ("gain1", ctypes.c_float * MOST_MEANS),
         *((name, ctypes.c_float) for name in ("gain2", "eps", "largest", "clip")),
         ("weights", _Weights),
+        ("sizes", _Sizes),
     )
+
+    def size_by(self, weights: Sequence[Tensor], moments: Tensor, bound: float, each: bool) -> None:
+        """Hold on to what gives the size of a tensor's update.
+
+        Args:
+            weights: Of its layers, one or two, weight and bias each, contiguous; of every task, if `each`.
+            moments: What `TensorSize.of_moment` gives, contiguous.
+            bound: On the logarithm of the factor.
+            each: Whether every task has weights of its own.
+        """
+        self.kept_sizes = (*weights, moments)
+        self.weights.each = each
+        at = [one.data_ptr() for one in self.kept_sizes]
+        linear = len(weights) == 2
+        self.sizes = _Sizes(*([0, 0] if linear else []), *at, 1, 0 if linear else weights[0].shape[-2], bound)
 
     def keep(self, weights: Sequence[Tensor], places: Tensor, times: Tensor) -> None:
         """Hold on to the MLP.
@@ -54,7 +78,10 @@ class NormalizedNumbers(ctypes.Structure):
 class _Tensor(ctypes.Structure):
     _fields_ = (
         *((name, ctypes.c_long) for name in ("tasks", "size", "rows", "columns")),
-        *((name, ctypes.c_void_p) for name in ("gradient", "theta", "state", "vector", "direction", "sums")),
+        *((name, ctypes.c_void_p) for name in ("gradient", "theta", "state", "vector")),
+        ("width", ctypes.c_long),
+        ("shape", ctypes.c_float * 3),
+        *((name, ctypes.c_void_p) for name in ("direction", "sums")),
     )
 
 
@@ -67,29 +94,31 @@ class NormalizedStep:
         matrix: Rows and columns of the tensor; None: it is no matrix.
         tensors: Gradient and theta `[num_tasks, *shape]`, the running means `[means + 1, num_tasks, *shape]` and the
             rule's state of the tensor `[num_tasks, vector_size]`, float32 and contiguous.
+        shape: What `TensorSize.of_shape` gives; nothing, where sizes are not learned.
 
     Attributes:
         direction: In the shape of the gradient.
     """
 
     def __init__(
-        self, library: Any, rule: NormalizedNumbers, matrix: tuple[int, int] | None, tensors: Sequence[Tensor]
+        self,
+        library: Any,
+        rule: NormalizedNumbers,
+        matrix: tuple[int, int] | None,
+        tensors: Sequence[Tensor],
+        shape: Sequence[float],
     ) -> None:
         self.library, self.kept, self.threads = library, tensors, torch.get_num_threads()
         gradient = tensors[0]
         self.direction = torch.empty_like(gradient)
         self.sums = torch.empty(len(gradient), 3, dtype=torch.float64)
-        pointers = [tensor.data_ptr() for tensor in (*tensors, self.direction, self.sums)]
         sides = matrix if matrix and rule.factors else (0, 0)
-        self.tensor = _Tensor(len(gradient), gradient.numel() // len(gradient), *sides, *pointers)
+        at = [tensor.data_ptr() for tensor in (*tensors, self.direction, self.sums)]
+        size, given = gradient.numel() // len(gradient), (ctypes.c_float * 3)(*shape)
+        self.tensor = _Tensor(len(gradient), size, *sides, *at[:4], tensors[3].shape[1], given, *at[4:])
         where = ctypes.byref(rule), ctypes.byref(self.tensor), self.threads
         scratch = torch.empty(library.normalized_scratch(*where), dtype=torch.uint8)
         library.normalized_direction(*where, scratch.data_ptr())
-
-    @property
-    def second_sums(self) -> Tensor:
-        """The sum over the coordinates of a task of the second number that the MLP gives: `[num_tasks]`."""
-        return self.sums[:, 2].float()
 
     def update_(self, rate: Tensor, *, normalize: bool, changed: Tensor | None = None) -> Tensor:
         """From the direction to the update.

@@ -14,7 +14,8 @@ RULES = {
     "unlearned": {"hidden_size": 0},
     "mlp": {},
     "no-norms": {"orthogonalize": False, "normalize": False, "step_size": 0.02},
-    "scale": {"orthogonalize": False, "max_scale": 10.0, "hidden_size": 5, "schedule": "linear"},
+    "sizes": {"orthogonalize": False, "sizing": 4, "max_scale": 10.0, "hidden_size": 5, "schedule": "linear"},
+    "sizes-alone": {"hidden_size": 0, "sizing": 0, "betas": [0.5, 0.9, 0.99]},
     "some-inputs": {"inputs": ["theta", "inverse_columns", "factored", "time"], "hidden_size": 17},
     "untimed": {"inputs": ["gradient", "mean_ratios", "square"], "betas": [0.5, 0.95], "orthogonalize": False},
 }
