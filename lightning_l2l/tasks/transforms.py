@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NoReturn
+from typing import Any, Literal, NoReturn, get_args
 
 import torch
 from torch import Tensor
 
-from lightning_l2l.arguments import MOST, brief, check_at_least, check_type, is_number
+from lightning_l2l.arguments import MOST, brief, check_at_least, check_choice, check_type, is_number
 from lightning_l2l.tasks.base import Task, mix_seed
 from lightning_l2l.tasks.batches import form, get_entries
+
+Unit = Literal["coordinate", "tensor", "task"]
 
 _MOST_SCALING = 20.0
 _TARGETS = 1 << 33  # stream of random numbers; below are those of starts, steps and unseen data
@@ -27,15 +29,17 @@ def made_of(task: Any) -> Iterator[Any]:
 class RandomScaling(Task):
     r"""Another task, each of its coordinates measured in a unit of its own: F(theta) = f(c theta), from theta_0 / c.
 
-    The factors c = exp(u), u uniform in [-bound, bound], are drawn anew for every episode and every coordinate, by the
-    task's seed. A rule that learns on such tasks cannot rely on how large parameters and gradients are.
+    The factors c = exp(u), u uniform in [-bound, bound], are drawn anew for every episode and every coordinate, or for
+    every tensor or task, by the task's seed. A rule that learns on such tasks cannot rely on how large parameters and
+    gradients are.
 
     Args:
         task: The other task.
         bound: Of the logarithm of the factors, in (0, 20].
+        unit: What has a factor of its own: each "coordinate", each "tensor", or each "task".
 
     Raises:
-        ValueError: If ``bound`` is out of range.
+        ValueError: If ``bound`` is out of range, or ``unit`` is unknown.
         TypeError: If ``task`` is none.
 
     Example:
@@ -51,11 +55,12 @@ class RandomScaling(Task):
         https://arxiv.org/abs/1703.03633
     """
 
-    def __init__(self, task: Task, bound: float = 3.0) -> None:
+    def __init__(self, task: Task, bound: float = 3.0, unit: Unit = "coordinate") -> None:
         check_type(Task, "a Task, such as Quadratic()", task=task)
         if not is_number(bound) or not 0 < bound <= _MOST_SCALING:
             raise ValueError(f"bound={brief(bound)} is out of range; use a number above 0 and up to 20, such as 3.0")
-        self.task, self.bound = task, bound
+        check_choice(get_args(Unit), unit=unit)
+        self.task, self.bound, self.unit = task, bound, unit
         self._factors: dict[str, Tensor] | None = None  # by parameter, [num_tasks, ...]; known within an episode
 
     def init_params(self, num_tasks: int, generator: torch.Generator) -> dict[str, Tensor]:
@@ -95,9 +100,13 @@ class RandomScaling(Task):
 
     def _draw(self, num_tasks: int, generator: torch.Generator) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         start = self.task.init_params(num_tasks, generator)
-        factors = {}
+        factors: dict[str, Tensor] = {}
         for name, value in start.items():
-            uniform = torch.rand(value.shape, generator=generator, dtype=value.dtype)
+            shape = value.shape if self.unit == "coordinate" else (num_tasks, *[1] * (value.dim() - 1))
+            if self.unit == "task" and factors:
+                factors[name] = next(iter(factors.values())).view(shape).to(value)
+                continue
+            uniform = torch.rand(shape, generator=generator, dtype=value.dtype)
             factors[name] = uniform.mul_(2 * self.bound).sub_(self.bound).exp_()
         return start, factors
 

@@ -288,3 +288,13 @@ def test_a_generated_task_needs_no_second_spelling(tmp_path, monkeypatch):
     )
     config = yaml.safe_load(next(Path().rglob("config.yaml")).read_text())
     assert config["data"]["class_path"].endswith("GeneratedDataModule") and config["data"]["init_args"]["task"] is None
+
+
+def test_the_root_is_that_of_all_members_that_have_one(mnist_root):
+    members = [MNISTDataModule("nowhere", download=False, num_unseen=0, batch_size=4), QuadraticDataModule()]
+    data = MixtureDataModule(members, root=mnist_root, num_tasks=2, num_steps=3, episodes_per_epoch=8)
+    data.prepare_data()
+    data.setup()
+    assert {int(batch["member"][0]) for batch in data.train_dataloader()} == {0, 1}
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        MixtureDataModule([MNISTDataModule("nowhere", download=False)], num_steps=3).setup()

@@ -23,7 +23,7 @@ IMAGES = [*SIZES, "root", "batch_size", "download", "num_unseen", "image_size"]
 NAMES = {
     QuadraticDataModule: [*SIZES, "dim"],
     GeneratedDataModule: [*SIZES, "task"],
-    MixtureDataModule: [*SIZES, "members", "weights"],
+    MixtureDataModule: [*SIZES, "members", "weights", "root"],
     SequenceDataModule: [*SIZES, "vocab_size", "sequence_length", "order", "batch_size", "num_unseen"],
     MNISTDataModule: IMAGES,
     CIFAR10DataModule: [*IMAGES, "classes", "train_classes"],

@@ -21,7 +21,7 @@ from lightning_l2l import (
     QuadraticDataModule,
     main,
 )
-from lightning_l2l.meta.underway import drawn_length
+from lightning_l2l.meta.underway import LOSS_WEIGHTS, drawn_length
 from lightning_l2l.meta.unroll import Unroll
 
 
@@ -85,13 +85,28 @@ def test_episodes_have_lengths_from_the_shortest_to_the_longest():
 def test_a_length_is_that_of_such_an_episode():
     length = drawn_length(2, 12, 2, 0, (0, 0))
     assert 2 <= length < 12
-    drawn, fixed = module(min_steps=2, loss_weights="linear"), module(num_steps=length, loss_weights="linear")
+    options = {"loss_weights": "linear", "optimizer": partial(torch.optim.Adam, eps=1e-30)}
+    drawn, fixed = module(min_steps=2, **options), module(num_steps=length, **options)
     one = quadratics(num_steps=12)
     one.episodes_per_epoch = 1
     for model in (drawn, fixed):
         fit(model, epochs=1, data=one)
     for a, b in zip(drawn.rule.parameters(), fixed.rule.parameters(), strict=True):
-        assert torch.equal(a, b)
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5)
+    assert sum(drawn.weights_of(length)) == pytest.approx(12)  # counts as much as one of 12 steps
+    assert sum(fixed.weights_of(length)) == pytest.approx(length)
+
+
+@pytest.mark.parametrize("steps, counted", [(1, 1), (9, 1), (10, 1), (11, 2), (100, 10)])
+def test_of_the_tail_alone_the_last_tenth_counts_with_mean_1(steps, counted):
+    weights = LOSS_WEIGHTS["tail"](steps)
+    assert len(weights) == steps and sum(weights) == pytest.approx(steps)
+    assert weights == [0.0] * (steps - counted) + [weights[-1]] * counted
+
+
+def test_truncations_of_which_nothing_counts_make_no_outer_step():
+    watch = fit(module(loss_weights="tail"), epochs=1)  # 2 of 12 steps count: one truncation of 6
+    assert watch.outer_steps == [1, 2, 3, 4, 5]
 
 
 # ---- several at once ----

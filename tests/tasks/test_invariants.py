@@ -87,6 +87,7 @@ def convnet():
 
 CASES = {
     "quadratic": quadratic,
+    "quadratic-noise": lambda: made_of(lambda task: Quadratic(task.dim, noise=0.3), quadratic()),
     "rosenbrock": lambda: generated(Rosenbrock(dim=4)),
     "rastrigin": lambda: generated(Rastrigin(dim=4, random_amplitude=True)),
     "logistic-regression": lambda: generated(LogisticRegression(num_features=3, num_examples=7)),
@@ -100,6 +101,7 @@ CASES = {
     "batch-norm": lambda: network(convnet(), shape=(2, 4, 4)),
     "dropout": lambda: network(nn.Sequential(nn.Linear(5, 8), nn.Tanh(), nn.Dropout(0.5), nn.Linear(8, 3))),
     "random-scaling": lambda: made_of(RandomScaling, quadratic()),
+    "random-scaling-of-a-tensor": lambda: made_of(RandomScaling, network(MLP(5, 4, 1, 3)), unit="tensor"),
     "random-scaling-batch-norm": lambda: made_of(RandomScaling, network(convnet(), shape=(2, 4, 4)), bound=1.0),
     "convex-term": lambda: made_of(ConvexTerm, quadratic(), dim=3),
     "member-of-a-mixture": lambda: member(network(MLP(5, 4, 1, 3)), generated(Rosenbrock(dim=3))),

@@ -40,3 +40,23 @@ def test_shapes_that_do_not_fit(W, y, theta):
 def test_dim_must_be_positive():
     with pytest.raises(ValueError, match="dim=0"):
         Quadratic(dim=0)
+
+
+def test_noise_is_that_of_a_seed_and_a_step_and_of_the_given_size():
+    task, seeds = Quadratic(dim=4, noise=0.5), torch.arange(500)
+    batch = {"W": torch.zeros(500, 4, 4), "y": torch.zeros(500, 4), "seed": seeds}
+    params = {"theta": torch.zeros(500, 4)}
+    losses = [task.loss(params, batch, step) for step in range(3)]  # the squares of the noise, summed
+    assert torch.stack(losses).mean().item() == pytest.approx(4 * 0.25, rel=0.1)
+    assert len(torch.cat(losses).unique()) == 1500
+    assert torch.equal(task.loss(params, batch, 1), losses[1])
+    alone = {name: values[7:8] for name, values in batch.items()}
+    assert torch.equal(task.loss({"theta": torch.zeros(1, 4)}, alone, 1), losses[1][7:8])
+    assert torch.equal(Quadratic(dim=4).loss(params, batch, 0), torch.zeros(500))
+
+
+def test_noise_must_not_be_negative():
+    with pytest.raises(ValueError, match=r"noise=-1\.0"):
+        Quadratic(noise=-1.0)
+    with pytest.raises(ValueError, match="noise=nan"):
+        Quadratic(noise=float("nan"))

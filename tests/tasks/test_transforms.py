@@ -51,6 +51,18 @@ def test_the_logarithms_of_the_factors_fill_their_range_evenly_and_differ_betwee
     assert len(logs.unique()) > 0.99 * len(logs)
 
 
+@pytest.mark.parametrize("unit, different", [("tensor", 4 * 50), ("task", 50)])
+def test_a_tensor_or_a_task_may_have_one_factor(unit, different):
+    inner = NetworkTask(MLP(5, 4, 1, 3), init_scale=1.0)
+    factors = factors_of(RandomScaling(inner, 1.0, unit), inner)
+    logs = torch.cat([f.log().flatten(1) for f in factors.values()], 1)
+    assert logs.abs().max() < 1.001 and float(logs.std()) == pytest.approx(1 / math.sqrt(3), rel=0.2)
+    assert len(logs.mul(1e4).round().unique()) == pytest.approx(different, rel=0.1)
+    for k in range(50):
+        for f in factors.values():
+            torch.testing.assert_close(f[k], f[k].flatten()[0].expand_as(f[k]), rtol=1e-4, atol=0.0)
+
+
 def test_a_gradient_is_scaled_where_its_coordinate_is():
     inner, batch = Quadratic(4), quadratics(3)
     factors = factors_of(RandomScaling(inner), inner, SEEDS[:3])["theta"]
@@ -83,6 +95,7 @@ def test_the_convex_term_is_the_mean_square_distance_from_a_target_of_each_seed(
         (lambda: RandomScaling(Quadratic(), bound=0.0), "bound=0.0 is out of range"),
         (lambda: RandomScaling(Quadratic(), bound=True), "bound=True"),
         (lambda: RandomScaling(Quadratic(), bound=21), "bound=21"),
+        (lambda: RandomScaling(Quadratic(), unit="row"), "unit='row'"),
         (lambda: RandomScaling(torch.nn.Linear(1, 1)), "task=.*give a Task"),
         (lambda: ConvexTerm(Quadratic(), dim=0), "dim=0"),
         (lambda: ConvexTerm("quadratic"), "task='quadratic'"),
