@@ -11,11 +11,15 @@ from torch import Tensor
 
 from lightning_l2l.arguments import check_choice, check_flag, check_positive
 from lightning_l2l.meta.episode import Episode
+from lightning_l2l.meta.imitation import MissesOfEach
 from lightning_l2l.meta.meta_gradient import MetaGradient, Truncation, attached, floored
 from lightning_l2l.rules.base import UpdateRule
 from lightning_l2l.tasks.base import Batch, Task
 from lightning_l2l.tasks.batches import get_entries
 from lightning_l2l.tasks.minibatches import Minibatches
+
+#: What the loss of an imitation counts as at most, an *inner step*; that of updates of zero is 1.
+_WORST = 100.0
 
 #: How long a perturbation lasts.
 Lasts = Literal["truncation", "episode"]
@@ -50,7 +54,8 @@ class EvolutionStrategies(MetaGradient):
 
     For rules of some hundred meta-parameters and any horizon. The perturbations are a function of a task's seed and of
     the number of inner steps made. The terms of the meta-loss are those of each particle, with `log_loss`
-    w_t log(f_t) in place of the logarithm of a mean over tasks. A network with dropout draws for each of a pair.
+    w_t log(f_t) in place of the logarithm of a mean over tasks. An imitation's loss is that of each particle. A network
+    with dropout draws for each of a pair.
 
     Args:
         std: Standard deviation :math:`\sigma` of the perturbations, above 0.
@@ -71,6 +76,8 @@ class EvolutionStrategies(MetaGradient):
         Vicol, Low-variance gradient estimation in unrolled computation graphs with ES-Single,
         https://arxiv.org/abs/2304.11153, 2023.
     """
+
+    imitates = True
 
     def __init__(
         self,
@@ -109,10 +116,14 @@ class EvolutionStrategies(MetaGradient):
         perturbed = {p: p.detach() + e.view(-1, *p.shape) for p, e in zip(parameters, offsets, strict=True)}
         particles = [{name: perturbed[p] for name, p in part.rule.named_parameters()} for part in episode.parts]
         losses = []
+        misses = MissesOfEach(2 * num_pairs, episode.losses)
         for _ in range(num_steps):
             for part, given in zip(episode.parts, particles, strict=True):
                 update = part.rule.step_each_(given, part.gradient.view(-1), part.state, episode.seen_by(part))
-                part.theta.add_(update.view(part.theta.shape))
+                update = update.view(part.theta.shape)
+                if part.lessons is not None:
+                    misses.add(part.lessons, update, part.gradient)
+                part.theta.add_(update)
             episode.step += 1
             episode.evaluate([part.gradient for part in episode.parts])
             losses.append(episode.losses)
@@ -124,13 +135,17 @@ class EvolutionStrategies(MetaGradient):
         if self.bound is not None:
             most = self.bound * sum(weights)
             difference = difference.clamp(-most, most)
+        missed = misses.loss(num_steps).nan_to_num(num_steps * _WORST).clamp(max=num_steps * _WORST)
+        taught = next((part.lessons.weight for part in episode.parts if part.lessons is not None), 0.0)
+        if taught:
+            difference = difference + taught * (missed[:num_pairs] - missed[num_pairs:])
         if self.sign:
             difference = difference.sign() * (sum(weights) / num_steps) * 2 * self.std
         difference = difference / (2 * self.std**2)
         found = difference @ pairs.total / num_pairs
         gradients = [part.view_as(p) for part, p in zip(torch.split(found, sizes), parameters, strict=True)]
         meta_loss = attached(of_particle.mean(), gradients, parameters)
-        return Truncation(stacked.view(num_steps, 2, num_pairs).mean(1), meta_loss, stacked.new_zeros(()))
+        return Truncation(stacked.view(num_steps, 2, num_pairs).mean(1), meta_loss, missed.mean())
 
     def _perturbation(self, episode: Episode) -> Tensor:
         """That of the first of each pair, `[num_pairs, meta-parameters]`: the same on every device."""

@@ -27,7 +27,8 @@ def describe_imitation(imitation: Imitation) -> dict[str, Any] | None:
         teacher = describe_call(imitation.teacher)
     except ValueError:
         return None
-    return {"weight": imitation.weight, "teacher": teacher, "schedule": schedule, "epochs": imitation.epochs}
+    plain = {"weight": imitation.weight, "epochs": imitation.epochs, "cosine": imitation.cosine}
+    return {**plain, "teacher": teacher, "schedule": schedule}
 
 
 def as_of_now(given: Mapping[str, Any]) -> dict[str, Any]:

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
-from lightning_l2l.arguments import brief, check_at_least, check_callable, is_number
+from lightning_l2l.arguments import brief, check_at_least, check_callable, check_flag, is_number
+from lightning_l2l.evaluation.apart import COORDINATEWISE
 
 
 @dataclass(frozen=True)
@@ -20,18 +23,23 @@ class Imitation:
     """Rewards updates like those that a teacher makes of the same gradients.
 
     The loss of the imitation, `train/imitation_loss`, is added to the meta-loss of a truncation in meta-training:
-    T sum_s |u_s - v_s|^2 / sum_s |v_s|^2 of the T updates u_s of the rule and those of the teacher, v_s.
+    T sum_s |u_s - v_s|^2 / sum_s |v_s|^2 of the T updates u_s of the rule and those of the teacher, v_s; with evolution
+    strategies, that of each particle. So it rewards the direction and the size.
 
     Args:
         weight: Factor on that loss, at least 0.
-        teacher: Whom to imitate: an optimizer that works on each coordinate by itself, with its learning rate. It is
-            fed the gradients of the rule's own trajectory.
+        teacher: Whom to imitate: an optimizer, with its learning rate, such as `torch.optim.Adam` or
+            `lightning_l2l.evaluation.apart.MuonAndAdamW`. It is fed the gradients of the rule's own trajectory, and
+            has tensors of zeros in place of parameters. Each task has its own, but for those of PyTorch that work on
+            each coordinate by itself.
         schedule: Schedule of the teacher's learning rate, in *inner steps*, such as
             `torch.optim.lr_scheduler.LinearLR`; None: it stays as it is.
+        cosine: Let the teacher's learning rate fall along a cosine to 0 at the last *inner step* of an episode, however
+            long that is; in place of `schedule`.
         epochs: *Epochs* over which `weight` falls, evenly, to 0; None leaves it as it is.
 
     Raises:
-        ValueError: A number is out of range.
+        ValueError: A number is out of range, or there are two schedules.
         TypeError: `teacher` or `schedule` cannot be called.
 
     References:
@@ -42,6 +50,7 @@ class Imitation:
     teacher: OptimizerCallable = torch.optim.Adam
     schedule: LRSchedulerCallable | None = None
     epochs: int | None = None
+    cosine: bool = False
 
     def __post_init__(self) -> None:
         """Check the arguments."""
@@ -49,7 +58,10 @@ class Imitation:
             raise ValueError(f"imitation weight={brief(self.weight)} is not 0 or more; use 0 for none")
         check_at_least(1, optional=True, epochs=self.epochs)
         check_callable("a class, such as torch.optim.Adam", teacher=self.teacher)
+        check_flag(cosine=self.cosine)
         if self.schedule is not None:
+            if self.cosine:
+                raise ValueError("cosine=True and a schedule are two schedules for one teacher; leave one out")
             check_callable("a function of the optimizer that makes a schedule", schedule=self.schedule)
 
     def weight_at(self, epoch: int) -> float:
@@ -64,35 +76,61 @@ class Lessons:
         imitation: Of whom.
         weight: Of the imitation's loss in this episode.
         theta: `[num_tasks, coordinates of one]`, a tensor like those that the teacher is to update.
+        shapes: Of the parameters that these are.
+        num_steps: *Inner steps* of the episode, where they are known.
+
+    Raises:
+        ValueError: The teacher's schedule needs to know their number, and nobody does.
     """
 
-    def __init__(self, imitation: Imitation, weight: float, theta: Tensor) -> None:
+    def __init__(
+        self, imitation: Imitation, weight: float, theta: Tensor, shapes: Sequence[torch.Size], num_steps: int | None
+    ) -> None:
         self.weight = weight
-        self.shadow = torch.zeros_like(theta).requires_grad_()  # where the teacher's updates show
+        self.shadow = torch.zeros_like(theta)  # where the teacher's updates show
         make: Callable[[list[Tensor]], Optimizer] = imitation.teacher
-        self.teacher = make([self.shadow])
+        self.params = [[self.shadow.detach().requires_grad_()]]
+        self.teachers = [make(self.params[0])]
+        self.together = type(self.teachers[0]) in COORDINATEWISE
+        if not self.together:
+            parts = [torch.split(own, [math.prod(shape) for shape in shapes]) for own in self.shadow]
+            self.params = [
+                [part.view(shape).detach().requires_grad_() for part, shape in zip(of_task, shapes, strict=True)]
+                for of_task in parts
+            ]
+            self.teachers = [make(params) for params in self.params]
         schedule: Callable[[Any], LRScheduler] | None = imitation.schedule
-        self.schedule = schedule and schedule(self.teacher)
+        if imitation.cosine:
+            if num_steps is None:
+                raise ValueError("a teacher with cosine=True has to know num_steps, the *inner steps* of the episode")
+            schedule = partial(LambdaLR, lr_lambda=partial(_cosine, num_steps))
+        self.schedules = [] if schedule is None else [schedule(teacher) for teacher in self.teachers]
 
     def state_dict(self) -> list[Any]:
-        """The teacher's state, and its schedule's."""
-        return [self.teacher.state_dict(), self.schedule and self.schedule.state_dict()]
+        """The teachers' states, and their schedules'."""
+        return [[one.state_dict() for one in self.teachers], [one.state_dict() for one in self.schedules]]
 
     def load_state_dict(self, state: list[Any]) -> None:
-        """Go on as the teacher that gave this `state_dict`."""
-        self.teacher.load_state_dict(state[0])
-        if self.schedule is not None:
-            self.schedule.load_state_dict(state[1])
+        """Go on as the teachers that gave this `state_dict`."""
+        everyone: list[Any] = [*self.teachers, *self.schedules]
+        for one, known in zip(everyone, (*state[0], *state[1]), strict=True):
+            one.load_state_dict(known)
 
     @torch.no_grad()
     def taught(self, gradient: Tensor) -> Tensor:
         """The teacher's update for a gradient `[num_tasks, coordinates of one]`; its state moves on."""
         self.shadow.zero_()
-        self.shadow.grad = gradient.clone()
-        self.teacher.step()
-        if self.schedule is not None:
-            self.schedule.step()
-        return self.shadow.detach()
+        for params, given in zip(self.params, [gradient] if self.together else gradient, strict=True):
+            for p, own in zip(params, torch.split(given.flatten(), [p.numel() for p in params]), strict=True):
+                p.grad = own.view(p.shape).clone()
+        everyone: list[Any] = [*self.teachers, *self.schedules]
+        for one in everyone:
+            one.step()
+        return self.shadow
+
+
+def _cosine(num_steps: int, step: int) -> float:
+    return (1 + math.cos(math.pi * min(step / num_steps, 1.0))) / 2
 
 
 class Misses:
@@ -114,3 +152,25 @@ class Misses:
         taught = self.lessons.taught(gradient)
         torch.sub(update, taught.view(-1), out=self.errors[step])
         self.size += taught.square().sum()
+
+
+class MissesOfEach:
+    """Likewise, task by task, the sums alone.
+
+    Attributes:
+        errors: Sum of the squares of the errors so far, `[num_tasks]`.
+        size: Sum of the squares of the teacher's updates so far, `[num_tasks]`.
+    """
+
+    def __init__(self, num_tasks: int, like: Tensor) -> None:
+        self.errors, self.size = like.new_zeros(num_tasks), like.new_zeros(num_tasks)
+
+    def add(self, lessons: Lessons, update: Tensor, gradient: Tensor) -> None:
+        """Compare updates `[num_tasks, coordinates of one]` with the teacher's for the same gradients."""
+        taught = lessons.taught(gradient)
+        self.errors += (update - taught).square().sum(1)
+        self.size += taught.square().sum(1)
+
+    def loss(self, num_steps: int) -> Tensor:
+        """That of the imitation, of each task."""
+        return num_steps * self.errors / self.size.clamp(min=torch.finfo(self.size.dtype).tiny)

@@ -57,7 +57,7 @@ class Unroll:
         weight = 0.0 if self.imitation is None else self.imitation.weight_at(epoch)
         if self.imitation is not None and weight:
             for part in episode.parts:
-                part.lessons = Lessons(self.imitation, weight, part.theta)
+                part.lessons = Lessons(self.imitation, weight, part.theta, part.shapes, num_steps)
         return episode
 
     def run(self, episode: Episode, num_steps: int, weights: Sequence[float] | None = None) -> Truncation:
