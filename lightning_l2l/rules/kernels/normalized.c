@@ -311,14 +311,23 @@ INLINE void remember(const long means, const Rule *rule, const Tensor *t, const 
       copy(state + means * stride + at, tile.square, tile.n);
       for (long k = 0; k < means; k++) copy(state + k * stride + at, tile.means[k], tile.n);
     }
-    if (sees(rule)) see(means, rule, t, task, &tile, squares);
-    if (!rule->hidden) {
+    if (rule->hidden)
+      see(means, rule, t, task, &tile, squares);
+    else {
       for (int v = 0; v < TILE; v += LANES) {
-        vec square = load(tile.square + v) * task->unbias2;
-        vec x = load(tile.means[0] + v) * task->unbias1[0] / (square_root(square) + rule->eps);
-        x = only((vec)(square != 0.0f), x);
+        vec square = load(tile.square + v) * task->unbias2, root = square_root(square) + rule->eps;
+        vec x = only((vec)(square != 0.0f), load(tile.means[0] + v) * task->unbias1[0] / root);
         *(vec *)(tile.x + v) = x;
-        if (!sees(rule)) squares[0] += x * x;
+        squares[rule->sizes.exists ? 6 + means : 0] += x * x;
+        if (!rule->sizes.exists) continue;
+        vec inverse = inverse_of(root), ratio = clamped(load(tile.gradient + v), rule->largest) * inverse;
+        vec theta = only((vec)(square != 0.0f), load(tile.theta + v));
+        squares[2] += theta * theta;
+        squares[5] += ratio * ratio;
+        for (long k = 1; k < means; k++) {
+          ratio = load(tile.means[k] + v) * task->unbias1[k] * inverse;
+          squares[6 + means + k] += ratio * ratio;
+        }
       }
       copy(direction + at, tile.x, tile.n);
     }
