@@ -284,8 +284,8 @@ INLINE void find(const long means, const Tensor *t, long of, Tile *tile) {
 
 /* ---- The running means, and the sums of squares of all that the MLP sees ---- */
 
-/* Block `block` of a task. sums [inputs + 1]: squares, and the number of moved coordinates; without an MLP the direction
- * is written, and where no MLP sees the inputs the first of the sums is that of its squares. */
+/* Block `block` of a task. sums [inputs + 1]: squares of the inputs, and the number of moved coordinates. Without an MLP the
+ * direction is written, and the squares are those of what gives the sizes, or the first is that of the direction. */
 INLINE void remember(const long means, const Rule *rule, const Tensor *t, const Task *task, long of, long block,
                      double *restrict sums) {
   long inputs = summed(rule, t), end = min_of((block + 1) * BLOCK, t->size);
