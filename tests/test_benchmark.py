@@ -317,7 +317,8 @@ def test_step_of_rules_that_see_tensors(benchmark, orthogonalize, size, capsys):
     beside = "muon" if orthogonalize else "adam"
     with capsys.disabled():
         told = ", ".join(f"{name} {value:.1f}" for name, value in ns.items())
-        ratios = ", ".join(f"{name} / {beside} {ns[name] / ns[beside]:.2f}" for name in ("unlearned", "sizes", "learned"))
+        ours = ("unlearned", "sizes", "learned")
+        ratios = ", ".join(f"{name} / {beside} {ns[name] / ns[beside]:.2f}" for name in ours)
         print(
             f"\n{size:,} parameters: ns a parameter: {told}; {ratios}; {learned_bytes:.0f} bytes of state a parameter"
         )

@@ -16,7 +16,7 @@ from lightning_l2l.meta.episode import Episode
 from lightning_l2l.meta.unroll import Unroll
 from lightning_l2l.tasks.base import Batch, mix_seed
 
-LossWeights = Literal["all", "linear", "tail", "last"]
+LossWeights = Literal["all", "linear", "last", "tail"]
 
 
 def _tail(steps: int) -> list[float]:
