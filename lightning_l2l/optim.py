@@ -244,12 +244,11 @@ class LearnedOptimizer(Optimizer):
         with _without_autocast(p.device.type):
             rule = cast(TensorRule, self._rule_on(self._rule_of(p), p.device))
             told = group["num_steps"], group["maximize"]
-            update, rate = step_tensor(rule, p, self.state[p], clock, *told, tasks=self.side_by_side)
+            decay = lr_of(group) * group["weight_decay"] if group["weight_decay"] else 0.0
+            update = step_tensor(rule, p, self.state[p], clock, *told, tasks=self.side_by_side, decay=decay)
         self.state[p][CLOCK] = torch.tensor(clock.step + 1.0)  # on the host, as Adam's
         if group["max_update"] is not None:
             update.clamp_(-group["max_update"], group["max_update"])
-        if group["weight_decay"]:
-            p.mul_(1 - lr_of(group) * group["weight_decay"] * rate.to(p.dtype))
         lr = lr_of(group)
         p.add_(update * lr) if isinstance(lr, Tensor) else p.add_(update, alpha=lr)
 

@@ -35,7 +35,7 @@ def describe(thing: object) -> dict[str, Any]:
     Example:
         >>> from lightning_l2l.tasks import Quadratic
         >>> describe(Quadratic(dim=3))
-        {'class_path': 'lightning_l2l.tasks.quadratic.Quadratic', 'init_args': {'dim': 3}}
+        {'class_path': 'lightning_l2l.tasks.quadratic.Quadratic', 'init_args': {'dim': 3, 'noise': 0.0}}
     """
     arguments = {}
     if type(thing).__init__ not in (object.__init__, nn.Module.__init__):

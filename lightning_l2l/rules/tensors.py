@@ -276,7 +276,8 @@ def step_tensor(
     num_steps: int | None,
     maximize: bool,
     tasks: bool,
-) -> tuple[Tensor, Tensor]:
+    decay: float | Tensor = 0.0,
+) -> Tensor:
     """One inner step of a parameter of an optimizer, whose states of it are made where there are none.
 
     Args:
@@ -287,9 +288,10 @@ def step_tensor(
         num_steps: As far as known.
         maximize: Whether the rule is given the gradient with the other sign.
         tasks: Whether the first dimension of p is that of tasks side by side.
+        decay: Times the rate of the moment, the share by which p shrinks, in place, before the rule sees it.
 
     Returns:
-        The update, in the shape of p, and the rate of the moment, one number or one for each task.
+        The update, in the shape of p.
     """
     dtype, num_tasks = rule.like.dtype, len(p) if tasks else 1
     whole = p.detach() if tasks else p.detach()[None]
@@ -302,9 +304,10 @@ def step_tensor(
     state = TensorState(*kept) if tasks else TensorState(kept[0].unsqueeze(1), kept[1].unsqueeze(0))
     gradient = (-p.grad if maximize else p.grad).to(dtype)  # type: ignore[operator, union-attr]
     moment = clock.moment(num_steps, num_tasks, gradient)
-    update = rule.step_tensor_(gradient.view(whole.shape), state, whole.to(dtype), moment)
-    rate = rule.rate(moment)
-    return update.view(p.shape), over_tensor(rate, p) if tasks else rate[0]
+    if isinstance(decay, Tensor) or decay:
+        rate = rule.rate(moment)
+        p.mul_(1 - decay * (over_tensor(rate, p) if tasks else rate[0]).to(p.dtype))
+    return rule.step_tensor_(gradient.view(whole.shape), state, whole.to(dtype), moment).view(p.shape)
 
 
 class TensorUnroll(RuleUnroll):

@@ -255,7 +255,7 @@ def test_a_finite_meta_gradient_ends_the_row():
         ({"max_skipped": 0}, "max_skipped=0"),
         ({"final_steps": 0}, "final_steps=0"),
         ({"final_steps": 7}, "final_steps=7 exceeds num_steps=6; use 1 to 6"),
-        ({"loss_weights": "first"}, "loss_weights='first' is unknown; use one of all, linear, last"),
+        ({"loss_weights": "first"}, "loss_weights='first' is unknown; use one of all, linear, tail, last"),
         ({"imitation": Imitation(1.0), "meta_gradient": SecondOrder()}, "do not go together"),
         ({"start": "rnnprop"}, r"start='rnnprop' has RNNprop\(.*do not fit CoordinatewiseLSTM\(hidden_size=4"),
     ],
