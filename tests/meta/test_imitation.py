@@ -151,7 +151,7 @@ def test_a_rule_that_sees_tensors_learns_from_muon(estimator):
     unroll = Unroll(NetworkTask(MLP(5, 8, out_features=3)), rule, estimator(), teacher)
     optimizer, missed = torch.optim.Adam(rule.parameters(), lr=0.05), []
     g = torch.Generator().manual_seed(0)
-    for k in range(20):
+    for k in range(14):
         inputs, targets = torch.randn(4, 11, 8, 5, generator=g), torch.randint(0, 3, (4, 11, 8), generator=g)
         episode = unroll.start({"inputs": inputs, "targets": targets, "seed": torch.arange(4) + 4 * k}, 0, 10)
         optimizer.zero_grad()
@@ -159,4 +159,4 @@ def test_a_rule_that_sees_tensors_learns_from_muon(estimator):
         truncation.meta_loss.backward()
         optimizer.step()
         missed.append(float(truncation.imitation_loss))
-    assert sum(missed[-5:]) < 0.8 * sum(missed[:5])
+    assert sum(missed[-3:]) < 0.8 * sum(missed[:3])

@@ -166,7 +166,7 @@ KINDS = {
 }
 
 
-@pytest.mark.parametrize("stop", [1, 4, 6])
+@pytest.mark.parametrize("stop", [4])
 @pytest.mark.parametrize("rule", [lambda: CoordinatewiseLSTM(3), lambda: NormalizedMLP(hidden_size=3)])
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_run_goes_on_bit_for_bit_in_the_middle_of_episodes(kind, rule, stop, tmp_path):
