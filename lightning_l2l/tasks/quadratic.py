@@ -79,9 +79,9 @@ class Quadratic(GeneratedTask):
                 f"W is {form(W)} on {W.device}, y {form(y)} on {y.device} and theta {form(theta)} on {theta.device}; "
                 "give the data the dtype and device of theta"
             )
-        # Few operators: at this size each costs more than its arithmetic.
         if self.noise:
             y = y + self.noise * self._drawn(batch, step).to(y)
+        # Few operators: at this size each costs more than its arithmetic.
         residual = torch.baddbmm(y.unsqueeze(2), W, theta.unsqueeze(2), beta=-1)  # [num_tasks, dim, 1]
         return (residual * residual).sum((1, 2))
 
