@@ -12,10 +12,10 @@ import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LambdaLR, LRScheduler
+from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler
 
 from lightning_l2l.arguments import brief, check_at_least, check_callable, check_flag, is_number
-from lightning_l2l.evaluation.apart import COORDINATEWISE
+from lightning_l2l.evaluation.apart import COORDINATEWISE, Apart
 
 
 @dataclass(frozen=True)
@@ -88,49 +88,47 @@ class Lessons:
     ) -> None:
         self.weight = weight
         self.shadow = torch.zeros_like(theta)  # where the teacher's updates show
-        make: Callable[[list[Tensor]], Optimizer] = imitation.teacher
-        self.params = [[self.shadow.detach().requires_grad_()]]
-        self.teachers = [make(self.params[0])]
-        self.together = type(self.teachers[0]) in COORDINATEWISE
-        if not self.together:
-            parts = [torch.split(own, [math.prod(shape) for shape in shapes]) for own in self.shadow]
-            self.params = [
-                [part.view(shape).detach().requires_grad_() for part, shape in zip(of_task, shapes, strict=True)]
-                for of_task in parts
-            ]
-            self.teachers = [make(params) for params in self.params]
         schedule: Callable[[Any], LRScheduler] | None = imitation.schedule
         if imitation.cosine:
             if num_steps is None:
                 raise ValueError("a teacher with cosine=True has to know num_steps, the *inner steps* of the episode")
-            schedule = partial(LambdaLR, lr_lambda=partial(_cosine, num_steps))
-        self.schedules = [] if schedule is None else [schedule(teacher) for teacher in self.teachers]
+            schedule = partial(CosineAnnealingLR, T_max=num_steps)
+        self.members: list[Any] = []  # teachers, each followed by its schedule
+
+        def make(named: list[tuple[str, Tensor]]) -> Optimizer:
+            teacher: Optimizer = imitation.teacher([p for _, p in named])
+            self.members += [teacher] if schedule is None else [teacher, schedule(teacher)]
+            return teacher
+
+        self.params = [self.shadow.detach().requires_grad_()]
+        self.teacher = make([("", self.params[0])])
+        if type(self.teacher) not in COORDINATEWISE:
+            self.members.clear()
+            parts = torch.split(self.shadow, [math.prod(shape) for shape in shapes], 1)
+            self.params = [part.view(len(theta), *shape) for part, shape in zip(parts, shapes, strict=True)]
+            self.teacher = Apart([("", p) for p in self.params], make)
 
     def state_dict(self) -> list[Any]:
         """The teachers' states, and their schedules'."""
-        return [[one.state_dict() for one in self.teachers], [one.state_dict() for one in self.schedules]]
+        return [one.state_dict() for one in self.members]
 
     def load_state_dict(self, state: list[Any]) -> None:
         """Go on as the teachers that gave this `state_dict`."""
-        everyone: list[Any] = [*self.teachers, *self.schedules]
-        for one, known in zip(everyone, (*state[0], *state[1]), strict=True):
+        for one, known in zip(self.members, state, strict=True):
             one.load_state_dict(known)
 
     @torch.no_grad()
     def taught(self, gradient: Tensor) -> Tensor:
         """The teacher's update for a gradient `[num_tasks, coordinates of one]`; its state moves on."""
         self.shadow.zero_()
-        for params, given in zip(self.params, [gradient] if self.together else gradient, strict=True):
-            for p, own in zip(params, torch.split(given.flatten(), [p.numel() for p in params]), strict=True):
-                p.grad = own.view(p.shape).clone()
-        everyone: list[Any] = [*self.teachers, *self.schedules]
-        for one in everyone:
-            one.step()
+        sizes = [p[0].numel() for p in self.params]
+        for p, own in zip(self.params, torch.split(gradient, sizes, 1), strict=True):
+            p.grad = own.reshape(p.shape).clone()
+        self.teacher.step()
+        for one in self.members:
+            if isinstance(one, LRScheduler):
+                one.step()
         return self.shadow
-
-
-def _cosine(num_steps: int, step: int) -> float:
-    return (1 + math.cos(math.pi * min(step / num_steps, 1.0))) / 2
 
 
 class Misses:
