@@ -36,7 +36,8 @@ class NormalizedMLP(TensorRule):
     Newton-Schulz steps NS, which orthogonalise a matrix (convolutions count as matrices `[out, in * kh * kw]`). The
     last layer of the MLP starts at zero, so that the rule begins as the one without it. What the MLP sees of a
     coordinate are `inputs`, each divided by its root mean square over the tensor. The size s is 1, or with `sizing`
-    what `TensorSize` gives for the tensor and the moment, which starts at 1.
+    what `TensorSize` gives for the tensor and the moment, which starts at 1. With `mixing` :math:`\hat m_t` has shares
+    of the gradient and of the other running means, which start at 0.
 
     The rate :math:`\eta_t` rises over `warmup` steps and then falls, by default to 0 at the last of `num_steps`. After
     that it stays where it is. Where nobody knows the number of steps it falls as 1 / sqrt(t), for as long as it takes.
@@ -63,6 +64,8 @@ class NormalizedMLP(TensorRule):
         floor: Share of the rate that is left at the end, from 0 to 1.
         sizing: Hidden units of what gives the size of a tensor's update; 0: it is linear. None: that is not learned.
         max_scale: Bound on that factor s, and on 1 / s; above 1. None: 100.
+        mixing: With `sizing`: whether the direction is a mixture, and a learned one, of the gradient and of all its
+            running means, each divided by :math:`\sqrt{\hat v_t} + \epsilon`; else it is the first running mean.
 
     Raises:
         ValueError: An argument is out of range.
@@ -95,11 +98,12 @@ class NormalizedMLP(TensorRule):
         floor: float = 0.0,
         sizing: int | None = None,
         max_scale: float | None = None,
+        mixing: bool = False,
     ) -> None:
         super().__init__()
         check_at_least(0, 1024, hidden_size=hidden_size)
         check_at_least(0, MOST, warmup=warmup)
-        check_flag(orthogonalize=orthogonalize, normalize=normalize)
+        check_flag(orthogonalize=orthogonalize, normalize=normalize, mixing=mixing)
         check_choice(get_args(Schedule), schedule=schedule)
         check_positive(eps=eps)
         check_positive(optional=True, step_size=step_size)
@@ -113,12 +117,14 @@ class NormalizedMLP(TensorRule):
         check_at_least(0, 1024, optional=True, sizing=sizing)
         if max_scale is not None and not (is_number(max_scale) and max_scale > 1):
             raise ValueError(f"max_scale={brief(max_scale)} is not above 1; use a number such as 100.0")
+        if mixing and sizing is None:
+            raise ValueError("mixing=True without sizing: what mixes is what gives the size; use sizing=0")
         for name in inputs or ():
             check_choice((*INPUTS, TIME), inputs=name)
         self.hidden_size, self.inputs, self.betas, self.beta2, self.eps = hidden_size, inputs, list(betas), beta2, eps
         self.orthogonalize, self.normalize, self.step_size = orthogonalize, normalize, step_size
         self.schedule, self.warmup, self.floor = schedule, warmup, floor
-        self.sizing, self.max_scale = sizing, max_scale
+        self.sizing, self.max_scale, self.mixing = sizing, max_scale, mixing
         self.sees = [name for name in INPUTS if hidden_size and (inputs is None or name in inputs)]
         self.kept = list(betas) if self.sees or sizing is not None else list(betas[:1])
         self.factors = list(betas) if any(INPUTS[name].of_factors for name in self.sees) else []
@@ -130,7 +136,7 @@ class NormalizedMLP(TensorRule):
             width = sum(INPUTS[name].count(len(betas)) for name in self.sees) + NUM_TIMES * self.timed
             self.hidden, self.second = nn.Linear(width, hidden_size), nn.Linear(hidden_size, hidden_size)
             self.readout = nn.Linear(hidden_size, 1)
-        self.sizes = None if sizing is None else TensorSize(len(betas), sizing, max_scale or 100.0)
+        self.sizes = None if sizing is None else TensorSize(len(betas), sizing, max_scale or 100.0, mixing)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -187,13 +193,15 @@ class NormalizedMLP(TensorRule):
         of_square = square / (1 - self.beta2**steps)
         given = Inputs(gradient, theta, means / (1 - kept**steps), of_square, self.eps, rows, columns, moment)
         direction, rate = given.means[0] / given.root, self.rate(moment)
+        if self.sizes is not None:
+            ratios = [gradient / given.root, *(given.means / given.root)]
+            means_of = [each_task(torch.where(given.moved, one, 0.0)).square().mean(1) for one in (theta, *ratios)]
+            factor, scale, mixed = self.sizes(torch.stack(means_of, 1), scale, gradient.shape[1:], moment)
+            rate = rate * factor
+            for share, one in zip(mixed.T, [ratios[0], *ratios[2:]], strict=False):
+                direction = direction + over_tensor(share, one) * one
         if self.hidden_size:
             direction = normalized(direction, given.moved) + self._learned(given)
-        if self.sizes is not None:
-            seen = [given.theta, gradient / given.root, *(given.means / given.root)]
-            means_of = [each_task(torch.where(given.moved, one, 0.0)).square().mean(1) for one in seen]
-            factor, scale = self.sizes(torch.stack(means_of, 1), scale, gradient.shape[1:], moment)
-            rate = rate * factor
         after = TensorState(torch.cat([means, square[None]]), torch.cat([count, factors, scale], 1))
         if self.orthogonalize and matrix is not None:
             direction = torch.where(given.moved, direction, 0.0)
@@ -214,7 +222,8 @@ class NormalizedMLP(TensorRule):
     ) -> Tensor:
         """See `TensorRule.step_tensor_`; compiled, where that can be."""
         library = fused_for(self.like, gradient, theta, *state, *(weights or {}).values())
-        if library is None or len(self.kept) > MOST_MEANS or not all(one.is_contiguous() for one in state):
+        beyond = len(self.kept) > MOST_MEANS or (self.mixing and self.hidden_size > 0)  # what the kernel has
+        if library is None or beyond or not all(one.is_contiguous() for one in state):
             return super().step_tensor_(gradient, state, theta, moment, weights)
         matrix = matrix_of(gradient.shape[1:])
         tensors = (gradient.contiguous(), theta.contiguous(), *state)

@@ -28,6 +28,7 @@ RULES = {
     "mlp-plain": lambda: NormalizedMLP(hidden_size=5, orthogonalize=False, normalize=False, step_size=0.02),
     "mlp-sizes": lambda: NormalizedMLP(inputs=["ratio", "columns", "theta"], sizing=3, orthogonalize=False),
     "sizes": lambda: NormalizedMLP(hidden_size=0, sizing=0),
+    "mixing": lambda: NormalizedMLP(hidden_size=0, sizing=0, mixing=True),
 }
 
 

@@ -12,6 +12,7 @@
 #define EACH for (int v = 0; v < WIDE; v++)
 #define MOST_OWN (6 + 4 * MOST_MEANS) /* inputs of a coordinate */
 #define MOST_INPUTS (6 + 8 * MOST_MEANS)
+#define MOST_MIXED 2.0f /* that anything counts in a mixture, the first running mean 1 */
 
 /* Weights of the layers: hidden [H, inputs of the rule] and bias, second [H, H] and bias, readout [1, H] and bias. */
 typedef struct {
@@ -22,11 +23,12 @@ typedef struct {
   long each;          /* whether every task has weights of its own, one after the other */
 } Weights;
 
-/* The small MLP that sees a tensor as a whole: hidden [units, means + 9] and bias, readout [2, units] and bias. */
+/* The small MLP that sees a tensor as a whole: hidden [units, means + 9] and bias, readout [2 + mixes, units] and bias. */
 typedef struct {
   const float *hidden, *hidden_bias, *readout, *readout_bias;
   const float *moments; /* [tasks, 4]: what it sees of the time; most that the remembered logarithm changes by */
   long exists, units;   /* whether there is one; 0: no hidden layer */
+  long mixes;           /* what is mixed beside the first running mean: 0, or as many as there are means */
   float bound;          /* on that logarithm */
 } Sizes;
 
@@ -59,6 +61,7 @@ typedef struct {
 /* Of one task. */
 typedef struct {
   float unbias1[MOST_MEANS], unbias2, whole; /* what running means are multiplied with; the direction likewise */
+  float mix[MOST_MEANS];                     /* how much the gradient counts, and the running means after the first */
   Factors factors;
   float *first, *second;    /* weights of the layers, [units of four, 1 + rows, 4]; after those of `second` the readout's */
   float *by_row, *by_column; /* what rows and columns add to the first layer's sums, [padded hidden, rows], [.., columns] */
@@ -495,13 +498,16 @@ INLINE float half_log(double sum, long count) {
   return __builtin_logf(square < 1e-12f ? 1e-12f : square) / 2.0f;
 }
 
-/* The factor on the rate of a task. `sums` as remember() made them, `kept` the remembered logarithm, which moves on. */
-static float size_of(const Rule *rule, const Tensor *t, long of, const double *sums, float *kept) {
+/* The factor on the rate of a task. `sums` as remember() made them, `kept` the remembered logarithm, which moves on, `mix`
+ * what is mixed. */
+static float size_of(const Rule *rule, const Tensor *t, long of, const double *sums, float *kept, float *mix) {
   const Sizes *z = &rule->sizes;
   long task = rule->weights.each ? of : 0, means = rule->means, inputs = means + 9, last = z->units ? z->units : inputs;
   const float *hidden = z->hidden + task * z->units * inputs, *hidden_bias = z->hidden_bias + task * z->units;
-  const float *readout = z->readout + task * 2 * last, *readout_bias = z->readout_bias + task * 2;
-  float x[MOST_MEANS + 9], out[2] = {readout_bias[0], readout_bias[1]};
+  long outs = 2 + z->mixes;
+  const float *readout = z->readout + task * outs * last, *readout_bias = z->readout_bias + task * outs;
+  float x[MOST_MEANS + 9], out[2 + MOST_MEANS];
+  copy(out, readout_bias, outs);
   x[0] = within(half_log(sums[2], t->size), -7.0f, 2.0f) / 3.0f + 1.0f;
   x[1] = within(half_log(sums[5], t->size), -2.0f, 2.0f);
   for (long k = 0; k < means; k++) x[2 + k] = half_log(sums[6 + means + k], t->size) / 2.0f;
@@ -514,10 +520,43 @@ static float size_of(const Rule *rule, const Tensor *t, long of, const double *s
     float sum = z->units ? hidden_bias[j] : x[j];
     for (long k = 0; k < inputs && z->units; k++) sum += hidden[j * inputs + k] * x[k];
     if (z->units && sum < 0.0f) sum = 0.0f;
-    for (long k = 0; k < 2; k++) out[k] += readout[k * last + j] * sum;
+    for (long k = 0; k < outs; k++) out[k] += readout[k * last + j] * sum;
   }
+  for (long k = 0; k < z->mixes; k++) mix[k] = MOST_MIXED * __builtin_tanhf(out[2 + k]);
   *kept = within(*kept + z->moments[of * 4 + 3] * __builtin_tanhf(out[0]), -z->bound, z->bound);
   return __builtin_expf(within(*kept + z->bound / 2.0f * __builtin_tanhf(out[1]), -z->bound, z->bound));
+}
+
+/* Block `block` of a task: the direction becomes what is mixed. Gives the sum of its squares. */
+INLINE double mix(const long means, const Rule *rule, const Tensor *t, const Task *task, long of, long block) {
+  long end = min_of((block + 1) * BLOCK, t->size), at = block * BLOCK;
+  float *direction = t->direction + of * t->size;
+  Tile tile = {.at = 0};
+  double sum = 0.0;
+  vec squares = {0};
+  for (long tiles = 1; at < end; at += TILE, tiles++) {
+    go_to(t, &tile, at, end);
+    find(means, t, of, &tile);
+    for (int v = 0; v < TILE; v += LANES) {
+      vec square = load(tile.square + v) * task->unbias2, root = square_root(square) + rule->eps;
+      vec x = load(tile.means[0] + v) * task->unbias1[0] + task->mix[0] * clamped(load(tile.gradient + v), rule->largest);
+      for (long k = 1; k < means; k++) x += task->mix[k] * (load(tile.means[k] + v) * task->unbias1[k]);
+      x = only((vec)(square != 0.0f), x / root);
+      squares += x * x;
+      *(vec *)(tile.x + v) = x;
+    }
+    copy(direction + at, tile.x, tile.n);
+    if (tiles % RUN == 0 || at + TILE >= end) {
+      sum += sum_of(squares);
+      squares = (vec){0};
+    }
+  }
+  return sum;
+}
+
+static double mix_block(const Rule *rule, const Tensor *t, const Task *task, long of, long block) {
+  if (rule->means == 3) return mix(3, rule, t, task, of, block);
+  return mix(rule->means, rule, t, task, of, block);
 }
 
 /* ---- A step ---- */
@@ -591,7 +630,7 @@ void normalized_direction(const Rule *rule, const Tensor *t, long threads, char 
       for (long b = 1; b < blocks; b++)
         for (long k = 0; k <= inputs; k++) total[k] += total[b * (MOST_OWN + 1) + k];
       t->sums[3 * i] = total[sees(rule) ? 6 + rule->means : 0];
-      t->sums[3 * i + 2] = rule->sizes.exists ? size_of(rule, t, i, total, t->vector + (i + 1) * width - 1) : 1.0;
+      t->sums[3 * i + 2] = rule->sizes.exists ? size_of(rule, t, i, total, t->vector + (i + 1) * width - 1, tasks[i].mix) : 1.0;
       t->sums[3 * i + 1] = total[inputs];
       if (rule->hidden) pack(rule, t, i, total, tasks + i);
     }
@@ -610,11 +649,13 @@ void normalized_direction(const Rule *rule, const Tensor *t, long threads, char 
         pack_factors(rule, t, i, tasks + i, counts);
       }
     }
-    if (rule->hidden) {
+    if (rule->hidden || rule->sizes.mixes) {
       float *h = (float *)(scratch + at.layers) + omp_get_thread_num() * padded(rule->hidden, 4) * TILE;
 #pragma omp for schedule(static)
       for (long u = 0; u < t->tasks * blocks; u++)
-        sums[u * (MOST_OWN + 1)] = correct_block(rule, t, tasks + u / blocks, u / blocks, u % blocks, h);
+        sums[u * (MOST_OWN + 1)] = rule->hidden
+                                       ? correct_block(rule, t, tasks + u / blocks, u / blocks, u % blocks, h)
+                                       : mix_block(rule, t, tasks + u / blocks, u / blocks, u % blocks);
 #pragma omp for schedule(static)
       for (long i = 0; i < t->tasks; i++) {
         t->sums[3 * i] = 0.0;

@@ -31,7 +31,7 @@ class _Weights(ctypes.Structure):
 class _Sizes(ctypes.Structure):
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("hidden", "hidden_bias", "readout", "readout_bias", "moments")),
-        *((name, ctypes.c_long) for name in ("exists", "units")),
+        *((name, ctypes.c_long) for name in ("exists", "units", "mixes")),
         ("bound", ctypes.c_float),
     )
 
@@ -60,7 +60,8 @@ class NormalizedNumbers(ctypes.Structure):
         self.weights.each = each
         at = [one.data_ptr() for one in self.kept_sizes]
         linear = len(weights) == 2
-        self.sizes = _Sizes(*([0, 0] if linear else []), *at, 1, 0 if linear else weights[0].shape[-2], bound)
+        units, mixes = 0 if linear else weights[0].shape[-2], weights[-1].shape[-1] - 2
+        self.sizes = _Sizes(*([0, 0] if linear else []), *at, 1, units, mixes, bound)
 
     def keep(self, weights: Sequence[Tensor], places: Tensor, times: Tensor) -> None:
         """Hold on to the MLP.

@@ -16,6 +16,7 @@ RULES = {
     "no-norms": {"orthogonalize": False, "normalize": False, "step_size": 0.02},
     "sizes": {"orthogonalize": False, "sizing": 4, "max_scale": 10.0, "hidden_size": 5, "schedule": "linear"},
     "sizes-alone": {"hidden_size": 0, "sizing": 0, "betas": [0.5, 0.9, 0.99]},
+    "mixing": {"hidden_size": 0, "sizing": 3, "betas": [0.9, 0.6, 0.99], "mixing": True},
     "some-inputs": {"inputs": ["theta", "inverse_columns", "factored", "time"], "hidden_size": 17},
     "untimed": {"inputs": ["gradient", "mean_ratios", "square"], "betas": [0.5, 0.95], "orthogonalize": False},
 }
