@@ -302,7 +302,7 @@ def test_step_of_rules_that_see_tensors(benchmark, orthogonalize, size, capsys):
         return lambda params: LearnedOptimizer(params, rule, num_steps=1000)
 
     makers = {"adam": lambda params: torch.optim.Adam(params, foreach=True), "unlearned": normalized(hidden_size=0)}
-    makers["sizes"] = normalized(hidden_size=0, sizing=0)
+    makers["general"] = normalized(hidden_size=0, sizing=0, mixing=True)
     if orthogonalize:
         makers["muon"] = torch.optim.Muon
     else:
@@ -317,7 +317,7 @@ def test_step_of_rules_that_see_tensors(benchmark, orthogonalize, size, capsys):
     beside = "muon" if orthogonalize else "adam"
     with capsys.disabled():
         told = ", ".join(f"{name} {value:.1f}" for name, value in ns.items())
-        ours = ("unlearned", "sizes", "learned")
+        ours = ("unlearned", "general", "learned")
         ratios = ", ".join(f"{name} / {beside} {ns[name] / ns[beside]:.2f}" for name in ours)
         print(
             f"\n{size:,} parameters: ns a parameter: {told}; {ratios}; {learned_bytes:.0f} bytes of state a parameter"
