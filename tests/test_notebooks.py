@@ -9,7 +9,10 @@ from pathlib import Path
 import pytest
 
 FOLDER = Path(__file__).parent.parent / "notebooks"
-NAMES = ["01_quadratics.ipynb", "02_mnist.ipynb", "03_your_own_model.ipynb", "04_where_it_breaks.ipynb"]
+NAMES = [
+    *("01_quadratics.ipynb", "02_mnist.ipynb", "03_your_own_model.ipynb", "04_where_it_breaks.ipynb"),
+    "05_which_way_is_down.ipynb",
+]
 ALLOWED = {"lightning_l2l", "torch", "lightning", "matplotlib", "IPython", "numpy"} | sys.stdlib_module_names
 ABSOLUTE = re.compile(r"(?<![\w.:/<])/[\w.-]+/[\w.-]+|\b[A-Z]:\\")
 LARGEST = 1_500_000  # bytes: what a repository, and its viewer on the web, take well
