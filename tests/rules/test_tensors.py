@@ -62,10 +62,11 @@ RULES = {
     "no-schedule": lambda: NormalizedMLP(hidden_size=0, schedule="constant", warmup=0, step_size=0.01),
     "coordinates": lambda: NormalizedMLP(hidden_size=0, orthogonalize=False, normalize=False),
     "mlp": lambda: stirred(NormalizedMLP()),
-    "mlp-sizes": lambda: stirred(NormalizedMLP(hidden_size=3, sizing=4, schedule="linear", floor=0.1, warmup=2)),
+    "mlp-sizes": lambda: stirred(
+        NormalizedMLP(hidden_size=3, sizing=4, mixing=True, schedule="linear", floor=0.1, warmup=2)
+    ),
     "sizes": lambda: stirred(NormalizedMLP(hidden_size=0, sizing=0, max_scale=5.0)),
     "mixing": lambda: stirred(NormalizedMLP(hidden_size=0, sizing=0, betas=[0.9, 0.5], mixing=True)),
-    "mlp-mixing": lambda: stirred(NormalizedMLP(hidden_size=3, sizing=0, mixing=True)),
     "mlp-some-inputs": lambda: stirred(NormalizedMLP(inputs=["ratio", "theta", "time"], betas=[0.8, 0.95])),
     "mlp-plain": lambda: stirred(NormalizedMLP(orthogonalize=False, normalize=False, step_size=0.02)),
     "mlp-untimed": lambda: stirred(NormalizedMLP(inputs=["mean_ratios", "factored"], orthogonalize=False)),
