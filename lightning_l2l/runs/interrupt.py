@@ -44,9 +44,9 @@ def _terminate(signum: int, frame: FrameType | None) -> NoReturn:
 class ResumeCheckpoint(ModelCheckpoint):
     """Writes last.ckpt after every validation, and on Ctrl-C or SIGTERM; it is to be the last of the checkpoints.
 
-    On either signal the episode under way is finished first: between two episodes everything that a run needs to go
-    on is in a checkpoint, within one it is not. After the last episode of an epoch its validation is waited for as
-    well. A second Ctrl-C stops at once; a second SIGTERM does nothing, since clusters send it to every process, and
+    On either signal the training step under way is finished first: between two of them everything that a run needs to
+    go on is in a checkpoint, episodes that are under way, too. After the last step of an epoch its validation is waited
+    for as well. A second Ctrl-C stops at once; a second SIGTERM does nothing, since clusters send it to every process, and
     these to their own. Before the first episode there is nothing to write, and both stop at once.
 
     Several processes stop after the same episode, whichever of them has got the signal. The signal with which Slurm

@@ -89,6 +89,22 @@ def test_export_changes_arguments_that_leave_the_weights_as_they_are(capsys):
     assert all(torch.equal(a, b) for a, b in zip(mine.parameters(), given.parameters(), strict=True))
 
 
+def test_export_writes_the_mean_of_several_runs_of_one_rule():
+    rules = [load_rule("mnist") for _ in range(3)]
+    for k, rule in enumerate(rules):
+        with torch.no_grad():
+            for p in rule.parameters():
+                p.add_(torch.randn(p.shape, generator=torch.Generator().manual_seed(k)))
+        save_rule(rule, Path(f"{k}.npz"))
+    main(["export", "--ckpt_path=0.npz", "--average_with=[1.npz, 2.npz]", "--output=mean.npz"])
+    mean = load_rule("mean.npz")
+    assert describe(mean) == describe(rules[0])
+    for found, *given in zip(*(rule.parameters() for rule in (mean, *rules)), strict=True):
+        torch.testing.assert_close(found, sum(given) / 3)
+    with pytest.raises(ValueError, match=r"'quadratic' is CoordinatewiseLSTM.* there is no mean of the two"):
+        main(["export", "--ckpt_path=0.npz", "--average_with=[quadratic]", "--output=other.npz"])
+
+
 def scalars(folder):
     events = EventAccumulator(str(folder))
     events.Reload()
