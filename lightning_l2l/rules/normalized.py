@@ -40,7 +40,7 @@ class NormalizedMLP(TensorRule):
     of the gradient and of the other running means, which start at 0.
 
     The rate :math:`\eta_t` rises over `warmup` steps and then falls, by default to 0 at the last of `num_steps`. After
-    that it stays where it is. Where nobody knows the number of steps it falls as 1 / sqrt(t), for as long as it takes.
+    that it stays where it is. Where nobody knows the number of steps it falls as 1 / t, for as long as it takes.
 
     A coordinate whose gradient has never been anything but zero is not moved.
 

@@ -11,8 +11,8 @@ from torch import Tensor
 from lightning_l2l.rules.tensors import Moment
 
 Schedule = Literal["cosine", "linear", "constant"]
-#: Steps over which the rate hardly falls where nobody knows how many there will be.
-_ANYTIME = 100
+#: Steps over which the rate hardly falls where nobody knows how many there will be; then it falls as one over the step.
+ANYTIME = 200
 
 
 def rate_at(
@@ -33,11 +33,11 @@ def rate_at(
     if step_size is not None:
         rise = rise * step_size
     else:
-        rise = rise * size / (math.sqrt(_ANYTIME) if known is None else known.sqrt())
+        rise = rise * size / (math.sqrt(ANYTIME) if known is None else known.sqrt())
     if schedule == "constant":
         return rise
     if known is None:
-        return rise / (1 + step / _ANYTIME).sqrt()
+        return rise / (1 + step / ANYTIME)
     gone = (step / known).clamp(max=1)
     left = (1 + (math.pi * gone).cos()) / 2 if schedule == "cosine" else 1 - gone
     return rise * (floor + (1 - floor) * left)

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from lightning_l2l.rules.inputs import matrix_of
+from lightning_l2l.rules.schedule import ANYTIME
 from lightning_l2l.rules.tensors import Moment
 
-#: The most by which the logarithm that is remembered changes over all *inner steps*.
-_MOST_CHANGE = 10.0
-#: *Inner steps* that are thought to come, at the start, where nobody knows how many.
-_UNKNOWN = 100
+#: The most by which the logarithm that is remembered changes over all *inner steps*, and where nobody knows how many
+#: there will be over as many as were made.
+_MOST_CHANGE, _OF_UNKNOWN = 10.0, 5.0
 #: Largest number of rows or columns, and of *inner steps*, that is told from larger ones: beyond what is seen in
 #: meta-training the factor is to stay as it is.
 _LARGEST_SIDE, _MOST_STEPS = 1024, 3000
@@ -91,8 +91,9 @@ class TensorSize(nn.Module):
     @staticmethod
     def of_moment(moment: Moment) -> Tensor:
         """What is seen of the time, and the most that the remembered logarithm may change by: `[num_tasks, 4]`."""
-        step = moment.step
-        total = step + _UNKNOWN if moment.num_steps is None else moment.num_steps
-        gone = torch.zeros_like(step) if moment.num_steps is None else (step / total).clamp(max=1)
+        step, known = moment.step, moment.num_steps
+        total = step + ANYTIME if known is None else known
+        gone = torch.zeros_like(step) if known is None else (step / total).clamp(max=1)
+        most = _OF_UNKNOWN if known is None else _MOST_CHANGE
         logs = torch.stack([step + 1, total], 1).clamp(max=_MOST_STEPS).log() / 5 - 1
-        return torch.cat([logs, torch.stack([gone, _MOST_CHANGE / total], 1)], 1)
+        return torch.cat([logs, torch.stack([gone, most / total], 1)], 1)
