@@ -46,8 +46,8 @@ class ResumeCheckpoint(ModelCheckpoint):
 
     On either signal the training step under way is finished first: between two of them everything that a run needs to
     go on is in a checkpoint, episodes that are under way, too. After the last step of an epoch its validation is waited
-    for as well. A second Ctrl-C stops at once; a second SIGTERM does nothing, since clusters send it to every process, and
-    these to their own. Before the first episode there is nothing to write, and both stop at once.
+    for as well. A second Ctrl-C stops at once; a second SIGTERM does nothing, since clusters send it to every process,
+    and these to their own. Before the first episode there is nothing to write, and both stop at once.
 
     Several processes stop after the same episode, whichever of them has got the signal. The signal with which Slurm
     asks for a checkpoint and the job anew (SIGUSR1) is handed on to Lightning at the end of the episode, too.
