@@ -28,7 +28,7 @@ def export(
         output: Where to, with the suffix .npz; an existing file is replaced.
         init_args: Arguments of the rule that are to be others, such as {decay: 1000}; its weights have to fit them.
         average_with: Checkpoints of other runs, [a.ckpt, b.ckpt]: the mean of all their meta-parameters is written.
-            For runs from one start with other seeds, whose mean is often better than each.
+            For runs from one start with other seeds, whose mean has less of their noise.
 
     Raises:
         ValueError: Rules to average differ in more than their meta-parameters.
